@@ -1,0 +1,180 @@
+"""DiffEM's mathematics (arXiv 2510.12691): channels, denoisers, samplers, posteriors, EM steps.
+
+    E-step:   x_hat_i ~ q_theta(x | y_i)                                    for every observation
+    M-step:   theta <- argmin E lambda_t || f_theta(x_hat_i + sigma_t z, sigma_t, y_tilde) -
+    x_hat_i ||^2,
+              y_tilde ~ Q(. | x_hat_i)
+
+Public names are imported from their modules when they are first used, so that importing the
+package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffem_core.channel import Channel, RandomMask, RandomMatrix
+    from diffem_core.classifier import DigitClassifier
+    from diffem_core.denoiser import Denoiser
+    from diffem_core.e_step import e_step
+    from diffem_core.gaussian import (
+        GaussianPosterior,
+        GaussianPrior,
+        fit_gaussian_prior,
+        log_likelihood,
+    )
+    from diffem_core.grids import karras_grid, log_linear_grid
+    from diffem_core.m_step import MStepResult, denoising_loss, m_step
+    from diffem_core.metrics import (
+        frechet_distance,
+        masked_rmse,
+        psnr,
+        rmse,
+        sinkhorn_divergence,
+        sliced_wasserstein,
+    )
+    from diffem_core.mmps import MMPSPosterior, conjugate_gradients, mmps_denoise
+    from diffem_core.monitors import ObservationDivergence, observation_divergence
+    from diffem_core.networks import MLP, SinusoidalEmbedding, UNet
+    from diffem_core.noise import SampleNoise
+    from diffem_core.posterior import DiffusionPosterior, Posterior
+    from diffem_core.rates import constant_rate, cosine_rate, linear_rate
+    from diffem_core.samplers import (
+        Denoise,
+        Sampler,
+        ddim,
+        ddpm,
+        dpm_solver,
+        heun,
+        predictor_corrector,
+    )
+    from diffem_core.scaling import Scaling
+    from diffem_core.schedule import VELogLinear
+    from diffem_core.seeds import derive_seed, seeded_initialization
+    from diffem_core.times import BetaTime, LogNormalTime, TimeDistribution, UniformTime
+    from diffem_core.training import TrainingState
+
+_MODULES = {
+    "channel": ("Channel", "RandomMask", "RandomMatrix"),
+    "classifier": ("DigitClassifier",),
+    "denoiser": ("Denoiser",),
+    "e_step": ("e_step",),
+    "gaussian": ("GaussianPosterior", "GaussianPrior", "fit_gaussian_prior", "log_likelihood"),
+    "grids": ("karras_grid", "log_linear_grid"),
+    "m_step": ("MStepResult", "denoising_loss", "m_step"),
+    "metrics": (
+        "frechet_distance",
+        "masked_rmse",
+        "psnr",
+        "rmse",
+        "sinkhorn_divergence",
+        "sliced_wasserstein",
+    ),
+    "mmps": ("MMPSPosterior", "conjugate_gradients", "mmps_denoise"),
+    "monitors": ("ObservationDivergence", "observation_divergence"),
+    "networks": ("MLP", "SinusoidalEmbedding", "UNet"),
+    "noise": ("SampleNoise",),
+    "posterior": ("DiffusionPosterior", "Posterior"),
+    "rates": ("constant_rate", "cosine_rate", "linear_rate"),
+    "samplers": (
+        "Denoise",
+        "Sampler",
+        "ddim",
+        "ddpm",
+        "dpm_solver",
+        "heun",
+        "predictor_corrector",
+    ),
+    "scaling": ("Scaling",),
+    "schedule": ("VELogLinear",),
+    "seeds": ("derive_seed", "seeded_initialization"),
+    "times": ("BetaTime", "LogNormalTime", "TimeDistribution", "UniformTime"),
+    "training": ("TrainingState",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "MLP",
+    "BetaTime",
+    "Channel",
+    "Denoise",
+    "Denoiser",
+    "DiffusionPosterior",
+    "DigitClassifier",
+    "GaussianPosterior",
+    "GaussianPrior",
+    "LogNormalTime",
+    "MMPSPosterior",
+    "MStepResult",
+    "ObservationDivergence",
+    "Posterior",
+    "RandomMask",
+    "RandomMatrix",
+    "SampleNoise",
+    "Sampler",
+    "Scaling",
+    "SinusoidalEmbedding",
+    "TimeDistribution",
+    "TrainingState",
+    "UNet",
+    "UniformTime",
+    "VELogLinear",
+    "conjugate_gradients",
+    "constant_rate",
+    "cosine_rate",
+    "ddim",
+    "ddpm",
+    "denoising_loss",
+    "derive_seed",
+    "dpm_solver",
+    "e_step",
+    "fit_gaussian_prior",
+    "frechet_distance",
+    "heun",
+    "karras_grid",
+    "linear_rate",
+    "log_likelihood",
+    "log_linear_grid",
+    "m_step",
+    "masked_rmse",
+    "mmps_denoise",
+    "observation_divergence",
+    "predictor_corrector",
+    "psnr",
+    "rmse",
+    "seeded_initialization",
+    "sinkhorn_divergence",
+    "sliced_wasserstein",
+]
+
+
+class _Package(ModuleType):
+    """This package, in which `e_step` and `m_step` are the functions.
+
+    Importing the module of the same name would bind the name to the module, so that what
+    `diffem_core.e_step` means would depend on what was imported before.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if isinstance(value, ModuleType) and _HOMES.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,75 @@
+"""The E-step: one posterior sample for every observation, `x_hat_i ~ q(x | y_i)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from diffem_core.posterior import Posterior
+
+__all__ = ["e_step"]
+
+
+def e_step(
+    posterior: Posterior,
+    y: Tensor,
+    params: Mapping[str, Tensor],
+    *,
+    seeds: Sequence[int],
+    batch_size: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Draw a reconstruction of every observation.
+
+    Arguments:
+        posterior: What is drawn from.
+        y: Observations of shape (n, *y_shape), in the data's units.
+        params: Their operator parameters, each of length n.
+        seeds: One seed per observation; the result depends on them and not on the batch size.
+        batch_size: Observations per call of the posterior.
+        on_progress: Called after each batch with the number of observations that it held.
+
+    Returns:
+        Reconstructions of shape (n, *x_shape), in the data's units, on the device of y.
+
+    Raises:
+        ValueError: There are no observations, the lengths differ, or the batch size is not
+            positive.
+        FloatingPointError: A reconstruction is not finite.
+    """
+    n = len(y)
+    if n == 0:
+        raise ValueError("e_step received no observations; give at least one")
+    if batch_size < 1:
+        raise ValueError(f"e_step received batch_size {batch_size}; give at least 1")
+    lengths = {"seeds": len(seeds)} | {f"params[{name!r}]": len(v) for name, v in params.items()}
+    for name, length in lengths.items():
+        if length != n:
+            raise ValueError(
+                f"e_step received {n} observations but {name} of length {length}; give one each"
+            )
+    parts = []
+    for start in range(0, n, batch_size):
+        rows = slice(start, min(start + batch_size, n))
+        part = posterior.sample(
+            y[rows], {name: value[rows] for name, value in params.items()}, seeds=seeds[rows]
+        )
+        _refuse_non_finite(part, start)
+        parts.append(part)
+        if on_progress is not None:
+            on_progress(len(part))
+    return torch.cat(parts)
+
+
+def _refuse_non_finite(x: Tensor, start: int) -> None:
+    finite = torch.isfinite(x).flatten(1).all(dim=1)
+    if not finite.all():
+        bad = (start + (~finite).nonzero().flatten()).tolist()
+        raise FloatingPointError(
+            f"{len(bad)} reconstructions are not finite (observations "
+            f"{bad[:8]}{'...' if len(bad) > 8 else ''} of "
+            "this call); the model has diverged: lower the learning rate, or start again from an "
+            "earlier iteration"
+        )

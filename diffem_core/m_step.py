@@ -1,0 +1,290 @@
+"""The M-step: refine the denoiser on the reconstructions, re-corrupted by the channel.
+
+    theta <- argmin E_{i, y_tilde ~ Q(. | x_hat_i), t, z}  lambda_t || f(x_hat_i + sigma_t z,
+    sigma_t, y_tilde) - x_hat_i ||^2 lambda_t = 1 / sigma_t^2 + 1      (squared norm: the mean over
+    entries)
+
+Step k draws everything (samples, operators, noises, times, dropout) from a generator seeded with
+(seed, k), so that an M-step that is interrupted and goes on from a `TrainingState` ends with the
+same bits as one that is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from diffem_core.denoiser import Denoiser
+from diffem_core.networks.dropout import Dropout
+from diffem_core.scaling import Scaling
+from diffem_core.schedule import VELogLinear
+from diffem_core.seeds import derive_seed
+from diffem_core.times import TimeDistribution
+from diffem_core.training import FlatAdam, TrainingState
+
+if TYPE_CHECKING:
+    from diffem_core.channel import Channel
+
+__all__ = ["MStepResult", "denoising_loss", "m_step"]
+
+_FIXED_BLOCK = 4096  # Samples per seed where corruptions are fixed for the iteration.
+_CUDA_CHECK = 32  # Steps between looks at the losses on a GPU, each of which waits for it.
+
+
+@dataclass(frozen=True, kw_only=True)
+class MStepResult:
+    """What an M-step leaves.
+
+    Arguments:
+        weights: The averaged weights (and buffers, if any) by their names in the denoiser, on the
+            CPU.
+        mean_loss: Mean loss over all steps.
+        last_loss: Loss of the last step.
+        steps: Steps done in all.
+        state: The state after the last step.
+    """
+
+    weights: dict[str, Tensor]
+    mean_loss: float
+    last_loss: float
+    steps: int
+    state: TrainingState
+
+
+def denoising_loss(
+    denoiser: Denoiser, x: Tensor, z: Tensor, sigma_t: Tensor, condition: Tensor | None = None
+) -> Tensor:
+    """Compute the weighted denoising loss of a batch.
+
+    Arguments:
+        denoiser: The denoiser.
+        x: Clean samples of shape (n, ...), in network units.
+        z: Standard normal noise of the same shape.
+        sigma_t: Noise levels of shape (n,).
+        condition: What the network sees of the observations, or None.
+
+    Returns:
+        mean_i (1 / sigma_i^2 + 1) mean_entries (f(x_i + sigma_i z_i) - x_i)^2, of shape ().
+
+    References:
+        DiffEM (arXiv 2510.12691), equation of the M-step; EDM (arXiv 2206.00364), table 1 with
+        sigma_data = 1.
+    """
+    sigma = sigma_t.reshape(-1, *[1] * (x.ndim - 1))
+    error = denoiser(torch.addcmul(x, sigma, z), sigma_t, condition) - x
+    weights = sigma_t.square().reciprocal() + 1
+    loss: Tensor = (weights * error.square().flatten(1).mean(1)).mean()
+    return loss
+
+
+def m_step(
+    denoiser: Denoiser,
+    x_hat: Tensor,
+    channel: Channel,
+    scaling: Scaling,
+    schedule: VELogLinear,
+    times: TimeDistribution,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: Callable[[int], float],
+    ema_decay: float,
+    clip_norm: float,
+    recorruption: Literal["fresh", "fixed"] = "fresh",
+    seed: int,
+    state: TrainingState | None = None,
+    on_step: Callable[[TrainingState], None] | None = None,
+) -> MStepResult:
+    """Train a conditional denoiser on reconstructions.
+
+    Afterwards it holds the averaged weights and is in evaluation mode.
+
+    Arguments:
+        denoiser: Trained in place, from the weights that it holds; the optimizer and the average
+            start anew.
+        x_hat: Reconstructions of shape (n, *x_shape), in the data's units; batches go through all
+            of them in a new order at each pass.
+        channel: The channel that re-corrupts them.
+        scaling: The change to network units.
+        schedule: Noise level as a function of time.
+        times: Distribution of the training times.
+        steps: Gradient steps.
+        batch_size: Reconstructions per step.
+        learning_rate: Learning rate by step, from 0.
+        ema_decay: Decay of the weights' moving average.
+        clip_norm: Largest norm of a gradient.
+        recorruption: Corrupt afresh in every batch, or once per reconstruction and M-step as in
+            the paper.
+        seed: Seed of the whole M-step.
+        state: State of this same M-step after some of its steps, to go on from.
+        on_step: Called after every step with a live view of the state, for progress and
+            checkpoints (`state.tensors()` copies it).
+
+    Returns:
+        The averaged weights and the losses.
+
+    Raises:
+        ValueError: An argument is out of range, `x_hat` does not fit the channel, or the state
+            belongs to another network.
+        FloatingPointError: A loss or a gradient is not finite.
+
+    References:
+        DiffEM (arXiv 2510.12691), algorithm 1 and equation of the M-step.
+    """
+    _check(x_hat, channel, steps=steps, batch_size=batch_size, recorruption=recorruption)
+    device = next(denoiser.parameters()).device
+    optimizer = FlatAdam(denoiser, clip_norm=clip_norm, ema_decay=ema_decay)
+    done, losses = 0, torch.zeros(2, dtype=torch.float64, device=device)
+    if state is not None:
+        if state.step > steps:
+            raise ValueError(f"the state has done {state.step} steps but this M-step has {steps}")
+        optimizer.load(state)
+        done = state.step
+        losses.copy_(state.losses)
+    fixed = _corrupt_all(x_hat, channel, seed) if recorruption == "fixed" else None
+    batches = _Batches(len(x_hat), batch_size, seed)
+    generator = torch.Generator(device)
+    for module in denoiser.modules():
+        if isinstance(module, Dropout):
+            module.generator = generator
+    groups = optimizer.groups()
+    watch = _Watch(every=_CUDA_CHECK if device.type == "cuda" else 1)
+
+    denoiser.train()
+    try:
+        for step in range(done, steps):
+            generator.manual_seed(derive_seed(seed, "m_step", step))
+            rows = batches.rows(step)
+            x = x_hat[rows].to(device)
+            with torch.no_grad():
+                if fixed is None:
+                    params = channel.draw_params(len(x), generator=generator)
+                    y_tilde = channel.corrupt(x, params, generator=generator)
+                else:
+                    y_tilde = fixed[0][rows].to(device)
+                    params = {name: value[rows].to(device) for name, value in fixed[1].items()}
+                condition = channel.condition(y_tilde, params, scaling)
+                x = scaling.to_network(x)
+                z = torch.empty_like(x).normal_(generator=generator)
+                t = times.sample(len(x), schedule=schedule, generator=generator, device=device)
+                sigma_t = schedule.sigma(t)
+            loss = denoising_loss(denoiser, x, z, sigma_t, condition)
+            loss.backward()  # type: ignore[no-untyped-call]
+            norm = optimizer.update(step + 1, learning_rate(step))
+            losses[0] += loss.detach()
+            losses[1] = loss.detach()
+            watch.record(step, loss, norm, sigma_t, last=step + 1 == steps)
+            if on_step is not None:
+                on_step(TrainingState(step=step + 1, losses=losses, groups=groups))
+    finally:
+        for module in denoiser.modules():
+            if isinstance(module, Dropout):
+                module.generator = None
+    final = TrainingState(step=steps, losses=losses, groups=groups)
+    optimizer.release()
+    denoiser.eval()
+    weights = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in denoiser.state_dict().items()
+    }
+    return MStepResult(
+        weights=weights,
+        mean_loss=final.mean_loss,
+        last_loss=final.last_loss,
+        steps=steps,
+        state=final,
+    )
+
+
+class _Batches:
+    """Rows of each step: every pass goes through all samples in an order of its own."""
+
+    def __init__(self, n: int, batch_size: int, seed: int) -> None:
+        self.n = n
+        self.batch_size = batch_size
+        self.seed = seed
+        self._orders: dict[int, Tensor] = {}
+
+    def rows(self, step: int) -> Tensor:
+        start = step * self.batch_size
+        stop = start + self.batch_size
+        passes = range(start // self.n, (stop - 1) // self.n + 1)
+        self._orders = {
+            p: self._orders[p] if p in self._orders else self._order(p) for p in passes
+        }
+        joined = torch.cat([self._orders[p] for p in passes])
+        first = start - passes[0] * self.n
+        return joined[first : first + self.batch_size]
+
+    def _order(self, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", number))
+        return torch.randperm(self.n, generator=generator)
+
+
+class _Watch:
+    """Stops on the first bad loss or gradient; on a GPU it looks at them in batches."""
+
+    def __init__(self, *, every: int) -> None:
+        self.every = every
+        self._steps: list[int] = []
+        self._values: list[Tensor] = []
+
+    def record(
+        self, step: int, loss: Tensor, norm: Tensor, sigma_t: Tensor, *, last: bool
+    ) -> None:
+        """Take one step's numbers, and look at all that were taken when it is time."""
+        self._steps.append(step)
+        self._values.append(torch.stack([loss.detach(), norm, sigma_t.amin(), sigma_t.amax()]))
+        if len(self._steps) < self.every and not last:
+            return
+        rows = torch.stack(self._values).tolist()
+        for number, (value, gradient, low, high) in zip(self._steps, rows, strict=True):
+            if not (math.isfinite(value) and math.isfinite(gradient)):
+                raise FloatingPointError(
+                    f"M-step diverged at step {number}: loss {value}, gradient norm {gradient}, "
+                    "noise levels from "
+                    f"{low:.3g} to {high:.3g}; lower the learning rate, clip harder, or raise "
+                    "schedule.sigma_min"
+                )
+        self._steps, self._values = [], []
+
+
+def _corrupt_all(
+    x_hat: Tensor, channel: Channel, seed: int
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    ys, all_params = [], []
+    for number, start in enumerate(range(0, len(x_hat), _FIXED_BLOCK)):
+        x = x_hat[start : start + _FIXED_BLOCK]
+        generator = torch.Generator(x.device).manual_seed(
+            derive_seed(seed, "recorruption", number)
+        )
+        params = channel.draw_params(len(x), generator=generator)
+        ys.append(channel.corrupt(x, params, generator=generator))
+        all_params.append(params)
+    joined = {name: torch.cat([p[name] for p in all_params]) for name in all_params[0]}
+    return torch.cat(ys), joined
+
+
+def _check(
+    x_hat: Tensor, channel: Channel, *, steps: int, batch_size: int, recorruption: str
+) -> None:
+    if tuple(x_hat.shape[1:]) != channel.x_shape or len(x_hat) == 0:
+        raise ValueError(
+            f"m_step received reconstructions of shape {tuple(x_hat.shape)} but the channel's "
+            "samples have shape "
+            f"{channel.x_shape}; give at least one, of shape (n, "
+            f"{', '.join(map(str, channel.x_shape))})"
+        )
+    if steps < 1 or batch_size < 1:
+        raise ValueError(
+            f"m_step received {steps} steps of {batch_size} samples; give at least 1 of each"
+        )
+    if recorruption not in ("fresh", "fixed"):
+        raise ValueError(
+            f"m_step received recorruption {recorruption!r}; known are 'fresh', 'fixed'"
+        )

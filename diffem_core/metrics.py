@@ -1,0 +1,227 @@
+"""Measures of reconstructions. None of them feeds back into training.
+
+Where clean samples are known: errors per pixel, and distances between the distributions of
+reconstructions and of clean samples. Distances take feature vectors, so that the caller decides
+what is compared.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "frechet_distance",
+    "masked_rmse",
+    "psnr",
+    "rmse",
+    "sinkhorn_divergence",
+    "sliced_wasserstein",
+]
+
+
+def rmse(x_hat: Tensor, x: Tensor) -> float:
+    """Compute the root of the mean squared error over all entries."""
+    _same_shape(x_hat, x)
+    return math.sqrt(float((x_hat.double() - x.double()).square().mean()))
+
+
+def masked_rmse(x_hat: Tensor, x: Tensor, mask: Tensor) -> tuple[float, float]:
+    """Compute the root mean squared errors on hidden and on seen entries.
+
+    Arguments:
+        x_hat: Reconstructions of shape (n, C, H, W).
+        x: Clean samples of the same shape and units.
+        mask: 1 where an entry is seen, 0 where it is hidden; of a shape that broadcasts to that of
+            x.
+
+    Returns:
+        The errors on hidden and on seen entries; NaN where there are none.
+    """
+    _same_shape(x_hat, x)
+    error = (x_hat.double() - x.double()).square()
+    seen = mask.double().expand_as(error)
+    hidden = 1 - seen
+    values = [float((error * m).sum() / m.sum()) for m in (hidden, seen)]
+    return math.sqrt(values[0]), math.sqrt(values[1])
+
+
+def psnr(x_hat: Tensor, x: Tensor, *, data_range: float) -> float:
+    """Compute the mean over samples of the peak signal-to-noise ratio.
+
+    Arguments:
+        x_hat: Reconstructions of shape (n, ...).
+        x: Clean samples of the same shape and units.
+        data_range: Largest minus smallest possible value.
+
+    Returns:
+        Decibels; infinite where a reconstruction is perfect.
+    """
+    _same_shape(x_hat, x)
+    error = (x_hat.double() - x.double()).square().flatten(1).mean(1)
+    return float((10 * torch.log10(data_range**2 / error)).mean())
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Compute the squared 2-Wasserstein distance between Gaussians fitted to two sets of features.
+
+        |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))
+
+    Arguments:
+        a: Features of shape (n, F), n >= 2.
+        b: Features of shape (m, F), m >= 2.
+
+    Returns:
+        The distance, not negative.
+
+    References:
+        Heusel et al. 2017 (FID, arXiv 1706.08500), equation 6.
+    """
+    for name, features in (("a", a), ("b", b)):
+        if features.ndim != 2 or len(features) < 2:
+            raise ValueError(
+                f"frechet_distance received `{name}` of shape {tuple(features.shape)}; give at "
+                "least two rows of features"
+            )
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.mT), torch.cov(b.mT)
+    values, vectors = torch.linalg.eigh(cov_a.reshape(a.shape[1], -1))
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.mT
+    # (C_a C_b)^(1/2) has the eigenvalues of (C_a^(1/2) C_b C_a^(1/2))^(1/2), which is symmetric.
+    cross = (
+        torch.linalg.eigvalsh(root @ cov_b.reshape(b.shape[1], -1) @ root)
+        .clamp_min(0)
+        .sqrt()
+        .sum()
+    )
+    trace = cov_a.reshape(a.shape[1], -1).trace() + cov_b.reshape(b.shape[1], -1).trace()
+    return max(0.0, float((a.mean(0) - b.mean(0)).square().sum() + trace - 2 * cross))
+
+
+def sliced_wasserstein(a: Tensor, b: Tensor, *, projections: int = 256, seed: int = 0) -> float:
+    """Compute the sliced 2-Wasserstein distance between two sets of vectors of equal number.
+
+    Arguments:
+        a: Vectors of shape (n, D).
+        b: Vectors of shape (n, D).
+        projections: Random directions.
+        seed: Seed of the directions.
+
+    Returns:
+        The root of the mean, over directions, of the squared distance between sorted projections.
+    """
+    if a.shape != b.shape or a.ndim != 2:
+        raise ValueError(
+            f"sliced_wasserstein received shapes {tuple(a.shape)} and {tuple(b.shape)}; give as "
+            "many vectors on both "
+            "sides (subsample the larger)"
+        )
+    directions = unit_directions(a.shape[1], projections, seed=seed).to(a.device, a.dtype)
+    gap = (a @ directions).sort(0).values - (b @ directions).sort(0).values
+    return math.sqrt(float(gap.double().square().mean()))
+
+
+def unit_directions(dimension: int, count: int, *, seed: int) -> Tensor:
+    """Draw `count` unit vectors, as the columns of a (dimension, count) tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(dimension, count, generator=generator)
+    norms: Tensor = torch.linalg.vector_norm(directions, dim=0)
+    return directions / norms
+
+
+def sinkhorn_divergence(
+    a: Tensor,
+    b: Tensor,
+    *,
+    regularization: float = 1e-3,
+    max_iterations: int = 200,
+    tolerance: float = 1e-3,
+) -> float:
+    """Compute the debiased entropic transport cost between two sets of vectors.
+
+    With the squared Euclidean distance as cost,
+
+        S(a, b) = OT(a, b) - (OT(a, a) + OT(b, b)) / 2
+
+    The regularization is lowered by halves from the data's own scale (epsilon scaling) and then
+    held until the transport potentials settle.
+
+    Arguments:
+        a: Vectors of shape (n, D).
+        b: Vectors of shape (m, D).
+        regularization: Entropic regularization epsilon, in squared data units.
+        max_iterations: Largest number of iterations at the final regularization.
+        tolerance: Largest mean change of the potentials at the end, as a fraction of the
+            divergence's own scale.
+
+    Returns:
+        The divergence, in squared data units; 0 for equal sets, and never negative up to the
+        tolerance.
+
+    Raises:
+        ValueError: The dimensions differ, or the regularization is not positive.
+
+    References:
+        Feydy et al. 2019 (arXiv 1810.08278), equations 3 and 26; Chizat et al. 2020 (arXiv
+        2006.08172).
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"sinkhorn_divergence received shapes {tuple(a.shape)} and {tuple(b.shape)}; give (n, "
+            "D) and (m, D)"
+        )
+    if not regularization > 0:
+        raise ValueError(
+            f"sinkhorn_divergence received regularization {regularization}; it must be positive"
+        )
+    center = (a.mean(0) + b.mean(0)) / 2
+    a, b = (a - center).double(), (b - center).double()
+    settings = (regularization, max_iterations, tolerance)
+    return _entropic_cost(a, b, *settings) - 0.5 * (
+        _entropic_cost(a, a, *settings) + _entropic_cost(b, b, *settings)
+    )
+
+
+def _entropic_cost(
+    a: Tensor, b: Tensor, regularization: float, max_iterations: int, tolerance: float
+) -> float:
+    cost = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square_().float()
+    f, g = cost.new_zeros(len(a)), cost.new_zeros(len(b))
+    scale = float(cost.mean())
+    epsilon = max(float(cost.max()), regularization)
+    work = torch.empty_like(cost)
+    settled = 0
+    while settled < max_iterations:
+        new_f = _soft_min(cost, g, epsilon, 1, work)
+        new_g = _soft_min(cost, f, epsilon, 0, work)
+        # Averaging both half-steps keeps them symmetric, so that OT(a, a) converges as well as
+        # OT(a, b).
+        new_f, new_g = (f + new_f) / 2, (g + new_g) / 2
+        change = float((new_f - f).abs().mean() + (new_g - g).abs().mean())
+        f, g = new_f, new_g
+        if epsilon <= regularization:
+            settled += 1
+            if change <= tolerance * tolerance * scale:
+                break
+        epsilon = max(epsilon / 2, regularization)
+    f, g = _soft_min(cost, g, epsilon, 1, work), _soft_min(cost, f, epsilon, 0, work)
+    return float(f.double().mean() + g.double().mean())
+
+
+def _soft_min(cost: Tensor, potential: Tensor, epsilon: float, dim: int, work: Tensor) -> Tensor:
+    # -epsilon log mean exp((potential - cost) / epsilon), in place: the matrices are large.
+    torch.sub(potential.unsqueeze(1 - dim), cost, out=work).div_(epsilon)
+    peak = work.amax(dim, keepdim=True)
+    total = work.sub_(peak).exp_().mean(dim)
+    return -epsilon * (total.log() + peak.squeeze(dim))
+
+
+def _same_shape(x_hat: Tensor, x: Tensor) -> None:
+    if x_hat.shape != x.shape:
+        raise ValueError(
+            f"received reconstructions of shape {tuple(x_hat.shape)} and clean samples of shape "
+            f"{tuple(x.shape)}; "
+            "they must agree"
+        )

@@ -1,0 +1,122 @@
+"""What can be watched without clean data: the fit in observation space.
+
+Reconstructions of one half of the data are corrupted again and compared with held-out observations
+that the model has not seen. If the learned prior were the true one, both would have the same
+distribution, and the divergence would be that of two
+samples of true observations (its floor).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from diffem_core.metrics import unit_directions
+from diffem_core.scaling import Scaling
+from diffem_core.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from diffem_core.channel import Channel
+
+__all__ = ["ObservationDivergence", "observation_divergence"]
+
+_JACKKNIFE_BLOCKS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObservationDivergence:
+    """A divergence in observation space.
+
+    Arguments:
+        value: Sliced 2-Wasserstein distance between held-out and re-corrupted observations, in
+            network units.
+        standard_error: Its standard error over held-out observations (delete-a-block jackknife).
+        floor: The same distance between held-out and other true observations; None if none were
+            given.
+    """
+
+    value: float
+    standard_error: float
+    floor: float | None
+
+
+def observation_divergence(
+    channel: Channel,
+    scaling: Scaling,
+    x_hat: Tensor,
+    y: Tensor,
+    params: Mapping[str, Tensor],
+    *,
+    reference: tuple[Tensor, Mapping[str, Tensor]] | None = None,
+    seed: int,
+    projections: int = 256,
+) -> ObservationDivergence:
+    """Compare held-out observations with re-corrupted reconstructions of others.
+
+    Arguments:
+        channel: The channel, which corrupts the reconstructions with fresh parameters and noise.
+        scaling: The change to network units.
+        x_hat: Reconstructions of shape (m, *x_shape) of observations that are not held out, in the
+            data's units.
+        y: Held-out observations of shape (n, *y_shape).
+        params: Their operator parameters.
+        reference: True observations that are not held out, with their parameters, for the floor.
+        seed: Seed of the corruption, the subsample and the directions.
+        projections: Random directions.
+
+    Returns:
+        The divergence, with equal numbers on both sides (the smaller of n and m).
+
+    References:
+        DiffEM (arXiv 2510.12691), theorem on the monotone divergence in observation space.
+    """
+    features = _features(channel, scaling, y, params)
+    directions = unit_directions(
+        features.shape[1], projections, seed=derive_seed(seed, "directions")
+    )
+    directions = directions.to(features.device, features.dtype)
+    ours = features @ directions
+
+    def others(theirs: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "subsample"))
+        rows = torch.randperm(len(theirs), generator=generator)[: len(ours)]
+        return theirs[rows.to(theirs.device)] @ directions
+
+    generator = torch.Generator(x_hat.device).manual_seed(derive_seed(seed, "recorruption"))
+    fresh = channel.draw_params(len(x_hat), generator=generator)
+    y_tilde = channel.corrupt(x_hat, fresh, generator=generator)
+    corrupted = others(_features(channel, scaling, y_tilde, fresh).to(features.device))
+    value, error = _jackknife(_sliced, ours[: len(corrupted)], corrupted)
+    floor = None
+    if reference is not None:
+        true = others(_features(channel, scaling, *reference).to(features.device))
+        floor = _sliced(ours[: len(true)], true)
+    return ObservationDivergence(value=value, standard_error=error, floor=floor)
+
+
+def _features(
+    channel: Channel, scaling: Scaling, y: Tensor, params: Mapping[str, Tensor]
+) -> Tensor:
+    return channel.condition(y, params, scaling).flatten(1)
+
+
+def _sliced(a: Tensor, b: Tensor) -> float:
+    gap = a.sort(0).values - b.sort(0).values
+    return math.sqrt(float(gap.double().square().mean()))
+
+
+def _jackknife(
+    statistic: Callable[[Tensor, Tensor], float], a: Tensor, b: Tensor
+) -> tuple[float, float]:
+    blocks = min(_JACKKNIFE_BLOCKS, len(a))
+    number = torch.arange(len(a), device=a.device) % blocks
+    left_out = torch.tensor(
+        [statistic(a[number != k], b[number != k]) for k in range(blocks)], dtype=torch.float64
+    )
+    error = math.sqrt((blocks - 1) * float(left_out.var(correction=0))) if blocks > 1 else math.nan
+    return statistic(a, b), error

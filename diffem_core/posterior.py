@@ -1,0 +1,76 @@
+"""Posteriors q(x | y): what an E-step draws from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from diffem_core.denoiser import Denoiser
+from diffem_core.noise import SampleNoise
+from diffem_core.samplers import Sampler
+from diffem_core.scaling import Scaling
+
+if TYPE_CHECKING:
+    from diffem_core.channel import Channel
+
+__all__ = ["DiffusionPosterior", "Posterior"]
+
+
+class Posterior(Protocol):
+    """Anything that draws x ~ q(x | y)."""
+
+    def sample(self, y: Tensor, params: Mapping[str, Tensor], *, seeds: Sequence[int]) -> Tensor:
+        """Draw one sample per observation.
+
+        Arguments:
+            y: Observations of shape (n, *y_shape), in the data's units.
+            params: Their operator parameters.
+            seeds: One seed per observation; a sample depends on its own observation and seed only.
+
+        Returns:
+            Samples of shape (n, *x_shape), in the data's units, on the device of y.
+        """
+        ...
+
+
+class DiffusionPosterior:
+    """The posterior that a conditional denoiser has learned (DiffEM's E-step).
+
+    Arguments:
+        denoiser: The conditional denoiser; put into evaluation mode at each call, never changed.
+        channel: The channel, which says what the network sees of an observation.
+        scaling: The change between the data's and the network's units.
+        sampler: A sampler with its grid bound, for example `functools.partial(ddpm, sigmas=grid)`.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, channel: Channel, scaling: Scaling, sampler: Sampler
+    ) -> None:
+        self.denoiser = denoiser
+        self.channel = channel
+        self.scaling = scaling
+        self.sampler = sampler
+
+    @torch.inference_mode()
+    def sample(self, y: Tensor, params: Mapping[str, Tensor], *, seeds: Sequence[int]) -> Tensor:
+        """Draw one sample per observation; see `Posterior.sample`."""
+        if len(seeds) != len(y):
+            raise ValueError(
+                f"received {len(seeds)} seeds for {len(y)} observations; give one each"
+            )
+        device = next(self.denoiser.parameters()).device
+        condition = self.channel.condition(
+            y.to(device), {name: value.to(device) for name, value in params.items()}, self.scaling
+        )
+        self.denoiser.eval()
+
+        def denoise(x_t: Tensor, sigma: Tensor) -> Tensor:
+            estimate: Tensor = self.denoiser(x_t, sigma, condition)
+            return estimate
+
+        noise = SampleNoise(seeds, device=device, dtype=torch.float32)
+        x = self.sampler(denoise, noise=noise, shape=self.channel.x_shape)
+        return self.scaling.to_data(x).to(y.device)

@@ -1,0 +1,277 @@
+"""What is measured of a posterior. Nothing here feeds back into the training.
+
+Always: the divergence in observation space, between held-out observations and re-corrupted
+reconstructions of other observations, beside its floor. Where the clean samples are known
+(benchmarks): the errors of one posterior sample and of the mean of several on held-out
+observations, and a distance between the distributions of reconstructions and of clean samples.
+Truth enters by the argument `truth` alone; without it the same numbers are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffem_core.channel import Channel
+from diffem_core.classifier import DigitClassifier
+from diffem_core.e_step import e_step
+from diffem_core.metrics import frechet_distance, masked_rmse, psnr, rmse, sinkhorn_divergence
+from diffem_core.monitors import observation_divergence
+from diffem_core.posterior import Posterior
+from diffem_core.scaling import Scaling
+from diffem_core.seeds import derive_seed
+from storage_schemas.config import EvaluationConfig, FrechetDistance, SinkhornDistance
+from storage_schemas.metrics import Metric, Metrics
+
+__all__ = ["Evaluation", "Observed", "Truth", "evaluate", "work_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """Observations with what belongs to them."""
+
+    sample_ids: Sequence[int]
+    """Their ids in the store."""
+    y: Tensor
+    """Observations, shape (n, *y_shape)."""
+    params: Mapping[str, Tensor]
+    """Their operator parameters."""
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """Clean samples, known only in benchmarks."""
+
+    holdout: Tensor
+    """Clean held-out samples, shape (n, *x_shape), aligned with the held-out observations."""
+    holdout_labels: Tensor | None
+    """Their classes, shape (n,), where there are any."""
+    training: Tensor
+    """Clean training samples, shape (m, *x_shape)."""
+    classifier: DigitClassifier | None
+    """Classifier fitted to the clean training samples, for `FrechetDistance`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What came out."""
+
+    metrics: Metrics
+    draws: Tensor
+    """Posterior samples of the held-out observations, shape (S, n, *x_shape), in data units."""
+    reconstructions: Tensor
+    """One posterior sample of each of the other observations, shape (m, *x_shape)."""
+
+
+def work_of(config: EvaluationConfig, *, holdout: int, others: int) -> int:
+    """Count the posterior samples that `evaluate` draws."""
+    return config.draws * holdout + _others_used(config, others)
+
+
+def evaluate(
+    posterior: Posterior,
+    *,
+    channel: Channel,
+    scaling: Scaling,
+    config: EvaluationConfig,
+    holdout: Observed,
+    others: Observed,
+    truth: Truth | None,
+    seed: int,
+    batch_size: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Judge a posterior.
+
+    Arguments:
+        posterior: The posterior to judge; not changed.
+        channel: The channel, which corrupts reconstructions afresh.
+        scaling: The change to network units, in which errors are also given.
+        config: What to measure.
+        holdout: Held-out observations.
+        others: Observations of the training split, `others_used` of which are reconstructed.
+        truth: Clean samples, or None where nobody knows them.
+        seed: Seed of all draws of this evaluation.
+        batch_size: Observations per call of the posterior.
+        on_progress: Called with the number of samples just drawn.
+
+    Returns:
+        The metrics and the samples behind them.
+    """
+    draws = torch.stack(
+        [
+            _draw(posterior, holdout, (seed, "draw", s), batch_size, on_progress)
+            for s in range(config.draws)
+        ]
+    )
+    rows = _spread(len(others), _others_used(config, len(others)))
+    subset = Observed(
+        sample_ids=[others.sample_ids[i] for i in rows.tolist()],
+        y=others.y[rows],
+        params={name: value[rows] for name, value in others.params.items()},
+    )
+    reconstructions = _draw(posterior, subset, (seed, "others"), batch_size, on_progress)
+
+    values: dict[str, Metric] = {}
+    divergence = observation_divergence(
+        channel,
+        scaling,
+        reconstructions,
+        holdout.y,
+        holdout.params,
+        reference=(subset.y, subset.params),
+        seed=derive_seed(seed, "divergence"),
+    )
+    values["divergence"] = Metric(
+        value=divergence.value,
+        standard_error=divergence.standard_error,
+        long_name="sliced Wasserstein distance in observation space, network units",
+        better="lower",
+    )
+    values["divergence_floor"] = Metric(
+        value=divergence.floor,
+        long_name="the same distance between two sets of real observations",
+    )
+    if truth is not None:
+        values |= _errors(draws, truth, channel, scaling, holdout)
+        values |= _distances(reconstructions, draws, truth, rows, config)
+    return Evaluation(metrics=Metrics(values=values), draws=draws, reconstructions=reconstructions)
+
+
+def _others_used(config: EvaluationConfig, available: int) -> int:
+    wanted = config.reconstructions
+    if isinstance(config.distance, SinkhornDistance):
+        wanted = max(wanted, config.distance.samples)
+    return min(wanted, available)
+
+
+def _spread(available: int, wanted: int) -> Tensor:
+    """Choose `wanted` rows spread evenly over `available`."""
+    return torch.div(torch.arange(wanted) * available, wanted, rounding_mode="floor")
+
+
+def _draw(
+    posterior: Posterior,
+    observed: Observed,
+    key: tuple[str | int, ...],
+    batch_size: int,
+    on_progress: Callable[[int], None] | None,
+) -> Tensor:
+    return e_step(
+        posterior,
+        observed.y,
+        observed.params,
+        seeds=[derive_seed(*key, int(sample)) for sample in observed.sample_ids],
+        batch_size=batch_size,
+        on_progress=on_progress,
+    )
+
+
+def _errors(
+    draws: Tensor, truth: Truth, channel: Channel, scaling: Scaling, holdout: Observed
+) -> dict[str, Metric]:
+    """Measure the error of one sample (all draws counted) and of the mean of the draws."""
+    x = truth.holdout
+    mean = draws.mean(dim=0)
+    many = x.expand_as(draws).flatten(0, 1)
+    values: dict[str, Metric] = {}
+    data_range = 4 / scaling.scale
+    for name, what, estimate, clean in (
+        ("sample", "one posterior sample", draws.flatten(0, 1), many),
+        ("mean", f"the mean of {len(draws)} posterior samples", mean, x),
+    ):
+        values[f"psnr_{name}"] = Metric(
+            value=_finite(psnr(estimate, clean, data_range=data_range)),
+            long_name=f"peak signal-to-noise ratio of {what}, held out",
+            units="dB",
+            better="higher",
+        )
+        values[f"rmse_{name}"] = Metric(
+            value=rmse(estimate, clean) * scaling.scale,
+            long_name=f"root mean squared error of {what}, held out, network units",
+            better="lower",
+        )
+        selection = channel.selection(holdout.params)
+        if selection is not None:
+            mask = selection.reshape(x.shape)
+            repeated = mask.expand_as(draws).flatten(0, 1) if name == "sample" else mask
+            hidden, _ = masked_rmse(estimate, clean, repeated)
+            values[f"hidden_rmse_{name}"] = Metric(
+                value=_finite(hidden * scaling.scale),
+                long_name=f"the same on hidden entries only, {what}",
+                better="lower",
+            )
+    return values
+
+
+def _distances(
+    reconstructions: Tensor, draws: Tensor, truth: Truth, rows: Tensor, config: EvaluationConfig
+) -> dict[str, Metric]:
+    match config.distance:
+        case None:
+            return {}
+        case FrechetDistance():
+            return _classifier_distances(reconstructions, draws, truth)
+        case SinkhornDistance() as sinkhorn:
+            # Clean points of other observations than those that were reconstructed, so that the
+            # distance cannot profit from seeing the same points, and a floor from a third set.
+            count = min(sinkhorn.samples, len(reconstructions), len(truth.training) // 3)
+            other = torch.ones(len(truth.training), dtype=torch.bool)
+            other[rows] = False
+            pool = truth.training[other] if int(other.sum()) >= 2 * count else truth.training
+            first, second = pool[:count], pool[count : 2 * count]
+            value, floor = (
+                sinkhorn_divergence(cloud, first, regularization=sinkhorn.regularization)
+                for cloud in (reconstructions[:count], second)
+            )
+            name = "Sinkhorn divergence between reconstructions and clean samples"
+            return {
+                "distance": Metric(value=value, long_name=name, better="lower"),
+                "distance_floor": Metric(
+                    value=floor, long_name="the same between two sets of clean samples"
+                ),
+            }
+
+
+def _classifier_distances(
+    reconstructions: Tensor, draws: Tensor, truth: Truth
+) -> dict[str, Metric]:
+    classifier = truth.classifier
+    if classifier is None or truth.holdout_labels is None:
+        return {
+            "distance": Metric(value=None, long_name="not known: the samples have no labels"),
+        }
+    clean = classifier.features(truth.training)
+    return {
+        "distance": Metric(
+            value=frechet_distance(classifier.features(reconstructions), clean),
+            long_name="Fréchet distance to clean samples in a classifier's features",
+            better="lower",
+        ),
+        "distance_floor": Metric(
+            value=frechet_distance(classifier.features(truth.holdout), clean),
+            long_name="the same between held-out clean samples and the others",
+        ),
+        "accuracy": Metric(
+            value=classifier.accuracy(
+                draws.flatten(0, 1), truth.holdout_labels.repeat(len(draws))
+            ),
+            long_name="fraction of held-out posterior samples classified as their clean image",
+            better="higher",
+        ),
+        "accuracy_clean": Metric(
+            value=classifier.accuracy(truth.holdout, truth.holdout_labels),
+            long_name="the same for the clean held-out images",
+        ),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,133 @@
+"""The Prefect flows: `em_run` > `em_iteration` > E-step shards, M-step, evaluation, commit.
+
+    em_run
+      prepare        corrupt and seal the observations; fit and judge the start
+      em_iteration k (a flow run of its own, so that its shards keep their records when the
+      process dies)
+        e_step       mapped over shards: reconstructions x_hat ~ q_theta_k(x | y), one object each
+        m_step       theta_{k+1} from the reconstructions, re-corrupted
+        evaluate     theta_{k+1} on held-out observations
+        commit       names every object of the iteration with its checksum
+
+The science is in `pipelines.stages`; here it is wrapped once. Tasks exchange the run's URL and
+small JSON records. What is done is decided by the run's store alone: a stage whose manifest is
+missing or whose objects do not answer to it runs with `refresh_cache`, whatever Prefect
+remembers; otherwise Prefect's cache answers, so that its UI shows what was skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from prefect import Task, flow, task
+from prefect.cache_policies import NO_CACHE, RUN_ID, CacheKeyFnPolicy
+from prefect.context import TaskRunContext
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from pipelines import stages
+from storage_schemas.lease import RunLease
+from storage_schemas.run_store import RunStore
+
+__all__ = ["em_iteration", "em_run"]
+
+Json = dict[str, Any]
+
+
+def _key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    """Name a stage by what determines its result, never by the run's URL or the code's text."""
+    values = [str(parameters[name]) for name in sorted(parameters) if name != "run_url"]
+    return "-".join(["diffem", context.task.name, *values])
+
+
+def _stage(function: Callable[..., Json], name: str, run_name: str) -> Task[..., Json]:
+    """Wrap a stage whose result is a small record, cached by the digests that it works from."""
+    return task(
+        function,
+        name=name,
+        task_run_name=run_name,
+        cache_policy=CacheKeyFnPolicy(cache_key_fn=_key),
+        persist_result=True,
+        result_serializer="json",
+    )
+
+
+task_observations = task(
+    stages.prepare_observations, name="observations", cache_policy=NO_CACHE, persist_result=False
+)
+task_start = task(stages.fit_start, name="start", cache_policy=NO_CACHE, persist_result=False)
+task_unfinished = task(
+    stages.unfinished_iterations,
+    name="unfinished iterations",
+    # A retried flow run matches its subflows by the order of the calls, so it has to make the same
+    # calls as before.
+    cache_policy=RUN_ID,
+    persist_result=True,
+    result_serializer="json",
+)
+task_e_step = _stage(stages.e_step_shard, "e_step", "E-step · shard {shard:05d}")
+task_m_step = _stage(stages.refine_model, "m_step", "M-step")
+task_evaluate = _stage(stages.evaluate_iteration, "evaluate", "evaluation")
+task_commit = task(
+    stages.commit_iteration, name="commit", cache_policy=NO_CACHE, persist_result=False
+)
+
+
+@flow(name="em_iteration", task_runner=ThreadPoolTaskRunner(max_workers=1), persist_result=False)
+def em_iteration(run_url: str, iteration: int) -> Json:
+    """Do what is left of one EM iteration: E-step shards, M-step, evaluation, commit.
+
+    Returns:
+        What was found done: shards of the E-step, and whether the M-step and the evaluation were.
+    """
+    plan = stages.lay_out_iteration(run_url, iteration)
+    config, missing = plan["config_digest"], set(plan["missing"])
+    shards = [
+        task_e_step.with_options(refresh_cache=shard in missing).submit(
+            run_url, iteration, shard, config, plan["parent_digest"]
+        )
+        for shard in range(plan["shards"])
+    ]
+    for shard in shards:
+        shard.result()
+    digest = stages.reconstructions_digest(run_url, iteration)
+    m_step_done = stages.is_done(run_url, iteration, "m_step", digest)
+    model = task_m_step.with_options(refresh_cache=not m_step_done)(
+        run_url, iteration, config, digest
+    )
+    digest = model["model_digest"]
+    evaluate_done = stages.is_done(run_url, iteration, "evaluate", digest)
+    task_evaluate.with_options(refresh_cache=not evaluate_done)(
+        run_url, iteration, config, digest
+    )
+    task_commit(run_url, iteration, plan["shards"] - len(missing))
+    return {
+        "shards_reused": plan["shards"] - len(missing),
+        "m_step_reused": m_step_done,
+        "evaluate_reused": evaluate_done,
+    }
+
+
+@flow(name="em_run", persist_result=False)
+def em_run(run_url: str, take_over: bool = False) -> Json:
+    """Bring a run to its end: do what its store does not hold yet.
+
+    Arguments:
+        run_url: Path or URL of a run that exists (`diffem run` creates it from a config).
+        take_over: Take the run's lease over from an owner that is known to be dead.
+
+    Returns:
+        The iterations that had work left, with what was found done in them.
+    """
+    objects = RunStore.open(run_url).objects
+    with RunLease(objects, owner="diffem run", take_over=take_over) as lease:
+        RunStore.open(objects).tidy()
+        task_observations(run_url)
+        start = task_start(run_url)
+        done: dict[str, Json] = {}
+        for iteration in task_unfinished(run_url):
+            lease.check()
+            done[str(iteration)] = em_iteration.with_options(
+                flow_run_name=f"{RunStore.open(objects).config.name} · iteration {iteration:03d}"
+            )(run_url, iteration)
+    return {"start_reused": start["reused"], "iterations": done}

@@ -1,0 +1,131 @@
+"""Starting a run from the command line: check, create or open, start Prefect, work, tell."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import threading
+from pathlib import Path
+
+from rich.console import Console
+
+from pipelines.prefect_settings import apply_defaults, has_server
+from pipelines.progress import LineReporter, Reporter, TerminalReporter, use_reporter
+from pipelines.status import read_status
+from pipelines.table import Summary, print_run
+from storage_schemas.config import RunConfig
+from storage_schemas.errors import NotARun
+from storage_schemas.lease import LeaseHeld, RunLease, read_lease
+from storage_schemas.objects import ObjectStore, redact_url
+from storage_schemas.run_store import RunStore
+from storage_schemas.stage_folder import now
+
+__all__ = ["RunFailed", "launch", "prepare_run"]
+
+_HEAVY = ("diffem_core.channel", "pipelines.stages")
+
+
+class RunFailed(RuntimeError):
+    """The work failed; what is done stays done."""
+
+
+def prepare_run(config: RunConfig, url: str, *, take_over: bool) -> RunStore:
+    """Create the run, or open the one that is there, before anything is started.
+
+    Arguments:
+        config: The config.
+        url: Where the run lives.
+        take_over: Whether a lease that seems alive may be taken over.
+
+    Returns:
+        The run.
+
+    Raises:
+        ValueError: If the URL holds another run, or something else, or cannot be written.
+        LeaseHeld: If another process is writing the run.
+    """
+    objects = ObjectStore(url)
+    try:
+        stored = RunStore.open(objects)
+    except NotARun:
+        return RunStore.create(objects, config)
+    if stored.config == config:
+        _require_free(objects, take_over)
+        return stored
+    if stored.config.digest != config.digest:
+        return RunStore.create(objects, config)  # refuses, with the difference
+    with RunLease(objects, owner="diffem run", take_over=take_over):
+        return RunStore.create(objects, config)
+
+
+def _require_free(objects: ObjectStore, take_over: bool) -> None:
+    """Refuse a run that is being written before Prefect takes its seconds to start."""
+    lease = read_lease(objects)
+    if lease is not None and not take_over and not lease.available(now()):
+        with RunLease(objects, owner="diffem run"):
+            return
+
+
+def launch(config: RunConfig, url: str, *, take_over: bool = False) -> None:
+    """Do what is left of a run, showing progress, and print its table.
+
+    Arguments:
+        config: The config.
+        url: Where the run lives; it is created if it does not exist.
+        take_over: Whether a lease that seems alive may be taken over.
+
+    Raises:
+        ValueError: If the caller made a mistake.
+        LeaseHeld: If another process is writing the run.
+        RunFailed: If the work failed.
+    """
+    console = Console(stderr=True)
+    store = prepare_run(config, url, take_over=take_over)
+    before = read_status(store)
+    if before.state == "complete":
+        console.print(f"{redact_url(store.url)} is complete; checking its objects", highlight=False)
+    summary = _work(store, console, take_over=take_over)
+    print_run(read_status(RunStore.open(store.objects)), summary)
+
+
+def _work(store: RunStore, console: Console, *, take_over: bool) -> Summary:
+    reporter: Reporter = TerminalReporter(console) if console.is_terminal else LineReporter(console)
+    apply_defaults()
+    # The embedded server takes seconds to start, in a process of its own: import PyTorch meanwhile.
+    preload = threading.Thread(target=_preload, name="diffem-preload", daemon=True)
+    preload.start()
+    with use_reporter(reporter), contextlib.ExitStack() as starting:
+        starting.enter_context(reporter.stage("starting Prefect and PyTorch", total=1, unit=""))
+        from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+        from pipelines.flows import em_run
+
+        # Heartbeats tell a server that outlives this process that it is alive; each costs a flow
+        # run about a second at its end, for nothing where the server ends with the process.
+        settings = {} if has_server() else {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+        run = em_run.with_options(
+            flow_run_name=store.config.name,
+            on_running=[lambda *_: starting.close()],
+            **_result_storage(store),
+        )
+        try:
+            with temporary_settings(settings):
+                return Summary.model_validate(run(store.url, take_over=take_over))
+        except (ValueError, LeaseHeld):
+            raise
+        except Exception as error:
+            raise RunFailed(
+                f"{type(error).__name__}: {error}\nwhat is done stays done; the same command "
+                f"resumes {redact_url(store.url)}"
+            ) from error
+
+
+def _preload() -> None:
+    for name in _HEAVY:
+        importlib.import_module(name)
+
+
+def _result_storage(store: RunStore) -> dict[str, Path]:
+    """Keep Prefect's records of stages beside a local run, so that they go where it goes."""
+    local = store.objects.local_path
+    return {} if local is None else {"result_storage": Path(local).resolve() / "prefect"}

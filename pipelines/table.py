@@ -1,0 +1,165 @@
+"""Tables for people, on standard output: the history of a run, its status, its verification."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.status import RunStatus, StepStatus
+from storage_schemas._base import Record
+
+if TYPE_CHECKING:
+    from storage_schemas.verify import VerifyReport
+
+__all__ = ["Summary", "print_run", "print_status", "print_verification"]
+
+
+class IterationSummary(Record):
+    """What an invocation found done in an iteration."""
+
+    shards_reused: int
+    """Shards of the E-step."""
+    m_step_reused: bool
+    """Whether the M-step was complete."""
+    evaluate_reused: bool
+    """Whether the evaluation was complete."""
+
+
+class Summary(Record):
+    """What an invocation of `em_run` did; iterations that it did not touch were complete."""
+
+    start_reused: bool
+    """Whether the start was complete."""
+    iterations: dict[int, IterationSummary]
+    """Iterations that had work left."""
+
+
+_COLUMNS: tuple[tuple[str, str, str], ...] = (
+    # metric, heading, format
+    ("divergence", "divergence", "{:.4f}"),
+    ("psnr_sample", "PSNR\nsample", "{:.2f}"),
+    ("psnr_mean", "PSNR\nmean", "{:.2f}"),
+    ("hidden_rmse_sample", "hidden RMSE\nsample", "{:.3f}"),
+    ("hidden_rmse_mean", "hidden RMSE\nmean", "{:.3f}"),
+    ("rmse_sample", "RMSE\nsample", "{:.3f}"),
+    ("rmse_mean", "RMSE\nmean", "{:.3f}"),
+    ("distance", "distance", "{:.4f}"),
+    ("accuracy", "accuracy", "{:.3f}"),
+)
+_FLOORS = {"divergence": "divergence_floor", "distance": "distance_floor", "accuracy": "accuracy_clean"}
+
+
+def print_run(status: RunStatus, summary: Summary) -> None:
+    """Print the history of a run that has just been worked on, and how to look at it."""
+
+    def reused(step: StepStatus, name: str) -> str:
+        if step.iteration is None:
+            return "reused" if summary.start_reused else ""
+        touched = summary.iterations.get(step.iteration)
+        if touched is None:
+            return "reused"
+        if name == "e_step":
+            found, units = touched.shards_reused, step.stages[name].units
+            return "reused" if found == units else f"{found}/{units} reused" if found else ""
+        done = touched.m_step_reused if name == "m_step" else touched.evaluate_reused
+        steps = step.stages[name]
+        return "reused" if done else f"{steps.reused}/{steps.units} reused" if steps.reused else ""
+
+    console = Console()
+    _print_history(console, status, reused)
+    console.print(
+        f"The run is in {status.run}. Look at it:\n"
+        f"  pictures     {status.run}/iterations/{max(status.complete - 1, 0):03d}/preview.png\n"
+        f"  in xarray    python -c \"import xarray as xr; print(xr.open_zarr("
+        f"'{status.run}/iterations/{max(status.complete - 1, 0):03d}/reconstructions.zarr'))\"\n"
+        f"  in Prefect   prefect server start, then open http://127.0.0.1:4200/runs\n"
+        f"  numbers      diffem status {status.run} --json",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def print_status(status: RunStatus) -> None:
+    """Print the status of a run."""
+    console = Console()
+    _print_history(console, status, lambda *_: "")
+    line = f"{status.run}: {status.complete} of {status.iterations} iterations complete"
+    if status.writer:
+        line += f"; being written by {status.writer}"
+    elif status.state != "complete":
+        line += "; diffem run with its config goes on"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_history(
+    console: Console, status: RunStatus, reused: Callable[[StepStatus, str], str]
+) -> None:
+    steps = [status.start, *status.history]
+    shown = [c for c in _COLUMNS if any(c[0] in step.metrics for step in steps)]
+    if any("hidden_rmse_mean" in step.metrics for step in steps):
+        shown = [c for c in shown if c[0] not in {"rmse_sample", "rmse_mean"}]
+    table = Table(box=box.SIMPLE_HEAD, title=f"{status.name}: EM history", title_justify="left")
+    table.add_column("iteration")
+    for _, heading, _ in shown:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("E-step s", "M-step s", "evaluation s"):
+        table.add_column(heading, justify="right")
+    for step in steps:
+        cells = [_number(step, name, form) for name, _, form in shown]
+        if step.iteration is None:
+            stages = [("fit", "e_step"), ("", ""), ("evaluate", "evaluate")]
+            name = "start"
+        else:
+            stages = [(s, s) for s in ("e_step", "m_step", "evaluate")]
+            name = f"{step.iteration:03d}" + ("" if step.state == "complete" else f" ({step.state})")
+        seconds = []
+        for stage, key in stages:
+            if stage in step.stages:
+                note = reused(step, key)
+                seconds.append(f"{step.stages[stage].seconds:.1f}" + (f" ({note})" if note else ""))
+            else:
+                seconds.append("")
+        table.add_row(name, *cells, *seconds)
+    floors = [_number(status.start, _FLOORS.get(name, ""), form) for name, _, form in shown]
+    if any(floors):
+        table.add_section()
+        table.add_row("floor, ceiling", *floors, "", "", "")
+    console.print(table)
+    metrics = status.start.metrics
+    for name, heading, _ in shown:
+        if name in metrics:
+            text = f"{' '.join(heading.split())}: {metrics[name].long_name}"
+            better = metrics[name].better
+            console.print(
+                f"  {text}" + (f" ({better} is better)" if better else ""),
+                style="dim",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+    console.print()
+
+
+def _number(step: StepStatus, name: str, form: str) -> str:
+    metric = step.metrics.get(name)
+    if metric is None or metric.value is None:
+        return ""
+    return form.format(metric.value)
+
+
+def print_verification(run: str, report: VerifyReport) -> None:
+    """Print what is missing, damaged or orphaned."""
+    console = Console()
+    for kind in ("missing", "damaged", "orphaned"):
+        for item in getattr(report, kind):
+            console.print(f"{kind}: {item}", highlight=False, markup=False, soft_wrap=True)
+    if report.ok:
+        text = f"{run}: all {report.checked} objects are as they were written"
+    else:
+        text = f"{run}: not as it was written; diffem run with its config repairs it"
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,99 @@
+"""What can go wrong with a store: mistakes of the caller, and damage.
+
+`StorageError` is the caller's mistake (a wrong URL, another config, observations that cannot be
+used) and ends a command with exit status 2. `DamageError` says that something which was written
+is missing or no longer what was written: exit status 1, found again by `diffem verify`, repaired
+by `diffem run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+__all__ = [
+    "BadObservations",
+    "ConfigMismatch",
+    "DamageError",
+    "IncompleteError",
+    "LayoutMismatch",
+    "NewerSchema",
+    "NotARun",
+    "StorageError",
+    "UnusableStore",
+]
+
+
+class StorageError(ValueError):
+    """A mistake of the caller: the message says what was received, expected, and what to do."""
+
+
+class UnusableStore(StorageError):
+    """The URL cannot be written or read: permissions, missing bucket or library, bad scheme."""
+
+
+class NotARun(StorageError):
+    """The URL holds no run."""
+
+
+class NewerSchema(StorageError):
+    """The run was written by a newer version of this package."""
+
+
+class BadObservations(StorageError):
+    """Observations that cannot be stored: not finite, of a wrong shape, or twice the same id."""
+
+
+class _Difference(StorageError):
+    """Two descriptions of one thing differ; `differences` holds lines `key: stored -> given`."""
+
+    def __init__(self, message: str, differences: Sequence[str]) -> None:
+        super().__init__(message)
+        self.differences = tuple(differences)
+
+
+class ConfigMismatch(_Difference):
+    """A run exists at the URL and was made with another config."""
+
+    def __init__(self, url: str, differences: Sequence[str]) -> None:
+        lines = "\n".join(f"  {line}" for line in differences)
+        super().__init__(
+            f"the run at {url} was made with another config (stored -> given):\n{lines}\n"
+            "give the stored values, or another --store or name for a new run, or delete the run",
+            differences,
+        )
+
+
+class LayoutMismatch(_Difference):
+    """An array exists and has another layout."""
+
+    def __init__(self, path: str, differences: Mapping[str, tuple[object, object]]) -> None:
+        lines = [f"{key}: {stored} -> {given}" for key, (stored, given) in differences.items()]
+        text = "; ".join(lines)
+        super().__init__(
+            f"{path} exists with another layout (stored -> given): {text}; use the stored layout, "
+            "or delete the store",
+            lines,
+        )
+
+
+class DamageError(RuntimeError):
+    """Something that was written is missing or is no longer what was written.
+
+    Arguments:
+        path: The object, relative to the run.
+        problem: What is wrong with it.
+    """
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(
+            f"{path}: {problem}; `diffem verify` names all damage and `diffem run` repairs it"
+        )
+        self.path = path
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[type[DamageError], tuple[str, str]]:
+        return type(self), (self.path, self.problem)
+
+
+class IncompleteError(RuntimeError):
+    """Something is asked of a stage that has not finished: the message names what is missing."""
