@@ -57,6 +57,8 @@ class Channel(ABC):
     params_spec: dict[str, tuple[int, ...]]
     noise_std: float | None
     linear: bool
+    selects: bool = False
+    """Whether A only selects entries of x (then `selection` says which)."""
 
     def __init__(
         self,
@@ -217,6 +219,8 @@ class RandomMask(Channel):
     Raises:
         ValueError: `x_shape` is not (C, H, W), or a number is out of range.
     """
+
+    selects = True
 
     def __init__(self, x_shape: tuple[int, ...], *, keep: float, noise_std: float) -> None:
         if len(x_shape) != 3:

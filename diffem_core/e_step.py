@@ -19,6 +19,7 @@ def e_step(
     *,
     seeds: Sequence[int],
     batch_size: int,
+    temperature: float = 1.0,
     on_progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Draw a reconstruction of every observation.
@@ -29,6 +30,7 @@ def e_step(
         params: Their operator parameters, each of length n.
         seeds: One seed per observation; the result depends on them and not on the batch size.
         batch_size: Observations per call of the posterior.
+        temperature: Factor on the noise that the posterior draws, in (0, 1]; see `Posterior`.
         on_progress: Called after each batch with the number of observations that it held.
 
     Returns:
@@ -42,6 +44,8 @@ def e_step(
     n = len(y)
     if n == 0:
         raise ValueError("e_step received no observations; give at least one")
+    if not 0 < temperature <= 1:
+        raise ValueError(f"e_step received temperature {temperature}; give a number in (0, 1]")
     if batch_size < 1:
         raise ValueError(f"e_step received batch_size {batch_size}; give at least 1")
     lengths = {"seeds": len(seeds)} | {f"params[{name!r}]": len(v) for name, v in params.items()}
@@ -54,7 +58,10 @@ def e_step(
     for start in range(0, n, batch_size):
         rows = slice(start, min(start + batch_size, n))
         part = posterior.sample(
-            y[rows], {name: value[rows] for name, value in params.items()}, seeds=seeds[rows]
+            y[rows],
+            {name: value[rows] for name, value in params.items()},
+            seeds=seeds[rows],
+            temperature=temperature,
         )
         _refuse_non_finite(part, start)
         parts.append(part)

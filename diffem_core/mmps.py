@@ -111,16 +111,13 @@ def mmps_denoise(
         x_hat = denoise(x_t, sigma_t)
 
     def vjp(u: Tensor) -> Tensor:
-        (out,) = torch.autograd.grad(x_hat, x_t, grad_outputs=u, retain_graph=True)
-        return out
+        gradients = torch.autograd.grad(x_hat, x_t, grad_outputs=u, retain_graph=True)
+        return gradients[0]
 
-    if covariance is None:
+    def tweedie(u: Tensor) -> Tensor:
+        return variance * vjp(u)
 
-        def spread(u: Tensor) -> Tensor:
-            return variance * vjp(u)
-
-    else:
-        spread = _gaussian_spread(covariance, variance)
+    spread = tweedie if covariance is None else _gaussian_spread(covariance, variance)
 
     def system(v: Tensor) -> Tensor:
         return noise_variance * v + A(spread(A_adjoint(v)))
@@ -177,7 +174,14 @@ class MMPSPosterior:
         self.tolerance = tolerance
         self.covariance = covariance
 
-    def sample(self, y: Tensor, params: Mapping[str, Tensor], *, seeds: Sequence[int]) -> Tensor:
+    def sample(
+        self,
+        y: Tensor,
+        params: Mapping[str, Tensor],
+        *,
+        seeds: Sequence[int],
+        temperature: float = 1.0,
+    ) -> Tensor:
         """Draw one sample per observation; see `Posterior.sample`."""
         if len(seeds) != len(y):
             raise ValueError(
@@ -213,24 +217,23 @@ class MMPSPosterior:
                 tolerance=self.tolerance,
             )
 
-        noise = SampleNoise(seeds, device=device, dtype=observed.dtype)
+        noise = SampleNoise(seeds, device=device, dtype=observed.dtype, scale=temperature)
         with torch.no_grad():
             x = self.sampler(denoise, noise=noise, shape=channel.x_shape)
         return scaling.to_data(x).to(y.device)
 
 
 def _gaussian_spread(prior: GaussianPrior, variance: Tensor) -> Operator:
-    """Return u -> (s I - s^2 (S + s I)^-1) u = S (S + s I)^-1 s u, for s = sigma_t^2 of each
-    sample."""
-    covariance = prior.covariance()
-    values, vectors = torch.linalg.eigh(covariance)
-    values, vectors = (t.clamp_min(0) if t.ndim == 1 else t for t in (values, vectors))
-    values, vectors = (t.to(variance.device, variance.dtype) for t in (values, vectors))
+    """Return u -> s S (S + s I)^-1 u, for s = sigma_t^2 of each sample."""
+    values, vectors = torch.linalg.eigh(prior.covariance())
+    values = values.clamp_min(0).to(variance.device, variance.dtype)
+    vectors = vectors.to(variance.device, variance.dtype)
     flat = variance.reshape(-1, 1)
     shrink = values * flat / (values + flat)
 
     def spread(u: Tensor) -> Tensor:
-        return (((u.flatten(1) @ vectors) * shrink) @ vectors.mT).reshape(u.shape)
+        spread_u: Tensor = ((u.flatten(1) @ vectors) * shrink) @ vectors.mT
+        return spread_u.reshape(u.shape)
 
     return spread
 

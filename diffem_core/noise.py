@@ -30,6 +30,7 @@ class SampleNoise:
         seeds: One seed per sample, each in [0, 2**63).
         device: Where the draws are moved to.
         dtype: Type of the draws.
+        scale: Standard deviation of the draws.
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class SampleNoise:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        scale: float = 1.0,
     ) -> None:
+        self.scale = scale
         self.device = torch.device(device)
         self.dtype = dtype
         self._generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
@@ -56,7 +59,7 @@ class SampleNoise:
             shape: Shape of one sample.
 
         Returns:
-            Independent N(0, 1) values, of shape (n, *shape), on `device`.
+            Independent N(0, scale^2) values, of shape (n, *shape), on `device`.
         """
         shape = tuple(shape)
         if self._block is None or shape != self._shape or self._next == self._block.shape[0]:
@@ -71,5 +74,5 @@ class SampleNoise:
         draws = max(1, min(_BLOCK_DRAWS, _BLOCK_VALUES // max(1, math.prod(shape))))
         block = torch.empty(len(self), draws, *shape, dtype=self.dtype)
         for row, generator in zip(block.unbind(0), self._generators, strict=True):
-            row.normal_(generator=generator)
+            row.normal_(generator=generator, std=self.scale)
         return block.transpose(0, 1).to(self.device).contiguous()

@@ -22,13 +22,22 @@ __all__ = ["DiffusionPosterior", "Posterior"]
 class Posterior(Protocol):
     """Anything that draws x ~ q(x | y)."""
 
-    def sample(self, y: Tensor, params: Mapping[str, Tensor], *, seeds: Sequence[int]) -> Tensor:
+    def sample(
+        self,
+        y: Tensor,
+        params: Mapping[str, Tensor],
+        *,
+        seeds: Sequence[int],
+        temperature: float = 1.0,
+    ) -> Tensor:
         """Draw one sample per observation.
 
         Arguments:
             y: Observations of shape (n, *y_shape), in the data's units.
             params: Their operator parameters.
             seeds: One seed per observation; a sample depends on its own observation and seed only.
+            temperature: Factor on every noise that is drawn: 1 samples the posterior, less draws
+                samples that lie closer to its mean.
 
         Returns:
             Samples of shape (n, *x_shape), in the data's units, on the device of y.
@@ -55,7 +64,14 @@ class DiffusionPosterior:
         self.sampler = sampler
 
     @torch.inference_mode()
-    def sample(self, y: Tensor, params: Mapping[str, Tensor], *, seeds: Sequence[int]) -> Tensor:
+    def sample(
+        self,
+        y: Tensor,
+        params: Mapping[str, Tensor],
+        *,
+        seeds: Sequence[int],
+        temperature: float = 1.0,
+    ) -> Tensor:
         """Draw one sample per observation; see `Posterior.sample`."""
         if len(seeds) != len(y):
             raise ValueError(
@@ -71,6 +87,6 @@ class DiffusionPosterior:
             estimate: Tensor = self.denoiser(x_t, sigma, condition)
             return estimate
 
-        noise = SampleNoise(seeds, device=device, dtype=torch.float32)
+        noise = SampleNoise(seeds, device=device, dtype=torch.float32, scale=temperature)
         x = self.sampler(denoise, noise=noise, shape=self.channel.x_shape)
         return self.scaling.to_data(x).to(y.device)

@@ -35,6 +35,7 @@ __all__ = [
     "build_sampler",
     "build_scaling",
     "build_schedule",
+    "build_temperature",
     "build_times",
     "m_step_length",
 ]
@@ -158,6 +159,15 @@ def build_posterior(
     """Build the posterior that a denoiser has learned."""
     sampler = build_sampler(config.e_step.sampler, config.schedule)
     return DiffusionPosterior(denoiser, channel, build_scaling(config.data), sampler)
+
+
+def build_temperature(config: models.EStepConfig, iteration: int) -> float:
+    """Compute the factor on the noise of an iteration's E-step."""
+    tempering = config.tempering
+    if tempering is None:
+        return 1.0
+    progress = min(1.0, iteration / tempering.iterations)
+    return tempering.first + (1 - tempering.first) * progress
 
 
 def m_step_length(config: models.MStepConfig, iteration: int) -> int:

@@ -92,9 +92,8 @@ def run(
 @app.command()
 def status(run: RunArgument, json_: JsonOption = False) -> None:
     """Show what a run has done, iteration by iteration."""
-    from storage_schemas.run_store import RunStore
-
     from pipelines.status import read_status
+    from storage_schemas.run_store import RunStore
 
     with _mistakes_end_here():
         report = read_status(RunStore.open(run))
@@ -126,10 +125,14 @@ def verify(run: RunArgument, json_: JsonOption = False) -> None:
 def _execute(config: RunConfig, url: str, *, take_over: bool) -> NoReturn:
     """Create or open the run, start Prefect, and let `em_run` do the work."""
     from pipelines.launch import RunFailed, launch
+    from storage_schemas.lease import LeaseHeld
 
     try:
         with _mistakes_end_here():
             launch(config, url, take_over=take_over)
+    except LeaseHeld as error:
+        _say(f"diffem: {error}")
+        raise typer.Exit(MISTAKE) from None
     except RunFailed as error:
         _say(f"diffem: {error}")
         raise typer.Exit(FAILED) from None

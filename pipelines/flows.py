@@ -56,9 +56,12 @@ task_observations = task(
     stages.prepare_observations, name="observations", cache_policy=NO_CACHE, persist_result=False
 )
 task_start = task(stages.fit_start, name="start", cache_policy=NO_CACHE, persist_result=False)
-task_unfinished = task(
-    stages.unfinished_iterations,
-    name="unfinished iterations",
+task_recover = task(
+    stages.recover, name="check the run", cache_policy=NO_CACHE, persist_result=False
+)
+task_first_unfinished = task(
+    stages.first_unfinished_iteration,
+    name="first unfinished iteration",
     # A retried flow run matches its subflows by the order of the calls, so it has to make the same
     # calls as before.
     cache_policy=RUN_ID,
@@ -80,6 +83,8 @@ def em_iteration(run_url: str, iteration: int) -> Json:
     Returns:
         What was found done: shards of the E-step, and whether the M-step and the evaluation were.
     """
+    if stages.is_complete(run_url, iteration):
+        return {"complete": True}
     plan = stages.lay_out_iteration(run_url, iteration)
     config, missing = plan["config_digest"], set(plan["missing"])
     shards = [
@@ -97,11 +102,10 @@ def em_iteration(run_url: str, iteration: int) -> Json:
     )
     digest = model["model_digest"]
     evaluate_done = stages.is_done(run_url, iteration, "evaluate", digest)
-    task_evaluate.with_options(refresh_cache=not evaluate_done)(
-        run_url, iteration, config, digest
-    )
+    task_evaluate.with_options(refresh_cache=not evaluate_done)(run_url, iteration, config, digest)
     task_commit(run_url, iteration, plan["shards"] - len(missing))
     return {
+        "complete": False,
         "shards_reused": plan["shards"] - len(missing),
         "m_step_reused": m_step_done,
         "evaluate_reused": evaluate_done,
@@ -121,13 +125,14 @@ def em_run(run_url: str, take_over: bool = False) -> Json:
     """
     objects = RunStore.open(run_url).objects
     with RunLease(objects, owner="diffem run", take_over=take_over) as lease:
-        RunStore.open(objects).tidy()
+        config = RunStore.open(objects).config
+        check = task_recover(run_url)
         task_observations(run_url)
         start = task_start(run_url)
         done: dict[str, Json] = {}
-        for iteration in task_unfinished(run_url):
+        for iteration in range(task_first_unfinished(run_url), config.iterations):
             lease.check()
             done[str(iteration)] = em_iteration.with_options(
-                flow_run_name=f"{RunStore.open(objects).config.name} · iteration {iteration:03d}"
+                flow_run_name=f"{config.name} · iteration {iteration:03d}"
             )(run_url, iteration)
-    return {"start_reused": start["reused"], "iterations": done}
+    return {"check": check, "start_reused": start["reused"], "iterations": done}

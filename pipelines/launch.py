@@ -11,10 +11,11 @@ from rich.console import Console
 
 from pipelines.prefect_settings import apply_defaults, has_server
 from pipelines.progress import LineReporter, Reporter, TerminalReporter, use_reporter
+from pipelines.sources import require_source
 from pipelines.status import read_status
 from pipelines.table import Summary, print_run
 from storage_schemas.config import RunConfig
-from storage_schemas.errors import NotARun
+from storage_schemas.errors import NotARun, UnusableStore
 from storage_schemas.lease import LeaseHeld, RunLease, read_lease
 from storage_schemas.objects import ObjectStore, redact_url
 from storage_schemas.run_store import RunStore
@@ -44,11 +45,16 @@ def prepare_run(config: RunConfig, url: str, *, take_over: bool) -> RunStore:
         ValueError: If the URL holds another run, or something else, or cannot be written.
         LeaseHeld: If another process is writing the run.
     """
+    require_source(config.data)
+    if config.runner.device.startswith("cuda"):
+        from pipelines.build import build_device
+
+        build_device(config.runner)
     objects = ObjectStore(url)
     try:
         stored = RunStore.open(objects)
     except NotARun:
-        return RunStore.create(objects, config)
+        return _create(objects, config)
     if stored.config == config:
         _require_free(objects, take_over)
         return stored
@@ -56,6 +62,17 @@ def prepare_run(config: RunConfig, url: str, *, take_over: bool) -> RunStore:
         return RunStore.create(objects, config)  # refuses, with the difference
     with RunLease(objects, owner="diffem run", take_over=take_over):
         return RunStore.create(objects, config)
+
+
+def _create(objects: ObjectStore, config: RunConfig) -> RunStore:
+    try:
+        return RunStore.create(objects, config)
+    except OSError as error:
+        raise UnusableStore(
+            f"cannot write to {redact_url(objects.url)} ({error}); choose another --store, or "
+            f"check "
+            "its permissions and the space left"
+        ) from error
 
 
 def _require_free(objects: ObjectStore, take_over: bool) -> None:
@@ -83,15 +100,20 @@ def launch(config: RunConfig, url: str, *, take_over: bool = False) -> None:
     store = prepare_run(config, url, take_over=take_over)
     before = read_status(store)
     if before.state == "complete":
-        console.print(f"{redact_url(store.url)} is complete; checking its objects", highlight=False)
+        console.print(
+            f"{redact_url(store.url)} is complete; checking its objects", highlight=False
+        )
     summary = _work(store, console, take_over=take_over)
     print_run(read_status(RunStore.open(store.objects)), summary)
 
 
 def _work(store: RunStore, console: Console, *, take_over: bool) -> Summary:
-    reporter: Reporter = TerminalReporter(console) if console.is_terminal else LineReporter(console)
+    reporter: Reporter = (
+        TerminalReporter(console) if console.is_terminal else LineReporter(console)
+    )
     apply_defaults()
-    # The embedded server takes seconds to start, in a process of its own: import PyTorch meanwhile.
+    # The embedded server takes seconds to start, in a process of its own: import PyTorch
+    # meanwhile.
     preload = threading.Thread(target=_preload, name="diffem-preload", daemon=True)
     preload.start()
     with use_reporter(reporter), contextlib.ExitStack() as starting:
@@ -121,8 +143,10 @@ def _work(store: RunStore, console: Console, *, take_over: bool) -> Summary:
 
 
 def _preload() -> None:
-    for name in _HEAVY:
-        importlib.import_module(name)
+    # An import that fails here fails again, and is heard, where its module is used.
+    with contextlib.suppress(Exception):
+        for name in _HEAVY:
+            importlib.import_module(name)
 
 
 def _result_storage(store: RunStore) -> dict[str, Path]:

@@ -44,7 +44,7 @@ class Reporter(Protocol):
     """What stages report to."""
 
     def stage(
-        self, name: str, *, total: int, unit: str, done: int = 0
+        self, name: str, *, total: int | None, unit: str, done: int = 0
     ) -> AbstractContextManager[Advance]:
         """Open a stage of `total` items, `done` of them there already; yields what advances it."""
         ...
@@ -58,7 +58,9 @@ class SilentReporter:
     """Reports to nobody."""
 
     @contextmanager
-    def stage(self, name: str, *, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+    def stage(
+        self, name: str, *, total: int | None, unit: str, done: int = 0
+    ) -> Iterator[Advance]:
         """Count nothing."""
         yield lambda _: None
 
@@ -73,7 +75,9 @@ class LineReporter:
         self._console = console
 
     @contextmanager
-    def stage(self, name: str, *, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+    def stage(
+        self, name: str, *, total: int | None, unit: str, done: int = 0
+    ) -> Iterator[Advance]:
         """Count the items and print their number, the seconds and the rate at the end."""
         count, begin = 0, time.perf_counter()
 
@@ -83,8 +87,10 @@ class LineReporter:
 
         yield advance
         seconds = time.perf_counter() - begin
+        of = "" if total is None else f" of {total:,}"
+        amount = f"{done + count:,}{of} {unit} in " if unit else ""
         rate = f", {count / seconds:,.0f} {unit}/s" if count and seconds > 0 else ""
-        self.note(f"{name}: {done + count:,} of {total:,} {unit} in {seconds:.1f} s{rate}")
+        self.note(f"{name}: {amount}{seconds:.1f} s{rate}")
 
     def note(self, text: str) -> None:
         """Print one line."""
@@ -123,7 +129,9 @@ class TerminalReporter:
         self._running = 0
 
     @contextmanager
-    def stage(self, name: str, *, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+    def stage(
+        self, name: str, *, total: int | None, unit: str, done: int = 0
+    ) -> Iterator[Advance]:
         """Show a bar while the stage runs."""
         with self._lock:
             if self._running == 0:
@@ -163,6 +171,8 @@ def use_reporter(new: Reporter) -> Iterator[None]:
         _reporter = old
 
 
-def stage(name: str, *, total: int, unit: str, done: int = 0) -> AbstractContextManager[Advance]:
+def stage(
+    name: str, *, total: int | None, unit: str, done: int = 0
+) -> AbstractContextManager[Advance]:
     """Open a stage on the process's reporter."""
     return _reporter.stage(name, total=total, unit=unit, done=done)

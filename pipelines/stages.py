@@ -1,8 +1,9 @@
 """The stages of a run: plain functions of the run's URL, importable and testable without Prefect.
 
-Each stage looks into the store first. What is complete there and was computed from the same parent is returned as it is
-(`reused`); everything else is computed, written object first, recorded last. A stage gets and returns URLs, numbers and
-digests, never tensors, so that it can run in any process that reaches the store.
+Each stage looks into the store first. What is complete there and was computed from the same
+parent is returned as it is (`reused`); everything else is computed, written object first,
+recorded last. A stage gets and returns URLs, numbers and digests, never tensors, so that it can
+run in any process that reaches the store.
 """
 
 from __future__ import annotations
@@ -34,30 +35,33 @@ from pipelines.preview import image_preview, vector_preview
 from pipelines.progress import stage
 from pipelines.sources import load_clean_samples
 from storage_schemas.config import FrechetDistance, RunConfig
-from storage_schemas.integrity import is_whole
 from storage_schemas.manifests import ObjectRecord, StageRecord
 from storage_schemas.objects import redact_url
 from storage_schemas.observations import ObservationBlock, Observations
 from storage_schemas.run_store import RunStore
 from storage_schemas.stage_folder import StageFolder, now
+from storage_schemas.verify import repair, verify
 
 __all__ = [
     "commit_iteration",
     "e_step_shard",
     "evaluate_iteration",
-        "fit_start",
+    "first_unfinished_iteration",
+    "fit_start",
+    "is_complete",
     "is_done",
     "lay_out_iteration",
     "model_before",
     "prepare_observations",
     "reconstructions_digest",
+    "recover",
     "refine_model",
-    "unfinished_iterations",
 ]
 
 Json = dict[str, Any]
 
-# Observations are corrupted in blocks of this many, each with a seed of its own. Changing it changes the data of every run.
+# Observations are corrupted in blocks of this many, each with a seed of its own. Changing it
+# changes the data of every run.
 _CORRUPTION_BLOCK = 256
 
 
@@ -94,15 +98,17 @@ class _Bench:
             denoiser.load_state_dict(_tensors(weights))
         return denoiser
 
-    def posterior(self, iteration: int) -> Posterior:
-        """Return the posterior that draws the reconstructions of an iteration."""
+    def posterior(self, iteration: int, digest: str) -> Posterior:
+        """Return the posterior that draws the reconstructions of an iteration.
+
+        Arguments:
+            iteration: EM iteration; the number of iterations gives the last model's posterior.
+            digest: Digest of its model.
+        """
         if iteration == 0:
-            tensors, _ = self.store.start().read_tensors(
-                "gaussian", digest=model_before(self.store, 0)
-            )
+            tensors, _ = self.store.start().read_tensors("gaussian", digest=digest)
             return GaussianPosterior(GaussianPrior.from_tensors(_tensors(tensors)), self.channel)
-        folder = self.store.iteration(iteration - 1)
-        weights, _ = folder.read_tensors("model", digest=model_before(self.store, iteration))
+        weights, _ = self.store.iteration(iteration - 1).read_tensors("model", digest=digest)
         return build.build_posterior(self.config, self.channel, self.denoiser(weights))
 
 
@@ -112,13 +118,15 @@ class _Bench:
 def prepare_observations(run_url: str) -> Json:
     """Corrupt the bundled data once and keep the corruption, or find it sealed."""
     store = RunStore.open(run_url)
-    sealed = store.observations_manifest()
+    sealed = store.observations_manifest() if store.has_observations() else None
     if sealed is None:
         config = store.config
         clean = load_clean_samples(config.data, seed=derive_seed(config.seed, "data"))
         x_shape = tuple(clean.x.shape[1:])
         channel = build.build_channel(config.channel, x_shape)
-        order = np.random.default_rng(derive_seed(config.seed, "holdout")).permutation(len(clean.x))
+        order = np.random.default_rng(derive_seed(config.seed, "holdout")).permutation(
+            len(clean.x)
+        )
         holdout = np.zeros(len(clean.x), bool)
         holdout[order[: config.data.holdout]] = True
 
@@ -169,10 +177,20 @@ def fit_start(run_url: str) -> Json:
     folder = bench.store.start()
     data_digest = bench.store.observations().manifest.data_digest
     committed = folder.manifest()
-    if committed is not None and is_whole(
-        bench.store.objects, committed.objects, prefix=folder.prefix, checksum=True
-    ):
+    if committed is not None:
         return {"model_digest": committed.model_digest, "reused": True}
+    fit = folder.stage("fit", parent_digest=data_digest)
+    if fit is None:
+        fit = _fit_gaussian(bench, folder, data_digest)
+    model_digest = fit.objects["gaussian.safetensors"].sha256
+    evaluation = folder.stage("evaluate", parent_digest=model_digest)
+    if evaluation is None:
+        evaluation = _judge(bench, folder, bench.posterior(0, model_digest), "start", model_digest)
+    folder.commit(metrics=folder.metrics(), stages={"fit": fit, "evaluate": evaluation})
+    return {"model_digest": model_digest, "reused": False}
+
+
+def _fit_gaussian(bench: _Bench, folder: StageFolder, data_digest: str) -> StageRecord:
     began = time.perf_counter()
     start = bench.config.start
     training = _observed(bench.store.observations("train"))
@@ -186,43 +204,51 @@ def fit_start(run_url: str) -> Json:
             seed=bench.seed("start"),
             on_progress=lambda *_: advance(1),
         )
-    model = folder.write_tensors("gaussian", _arrays(prior.tensors()), {"kind": "gaussian"})
-    fit = StageRecord(
+    record = StageRecord(
         stage="fit",
         parent_digest=data_digest,
-        objects={"gaussian.safetensors": model},
+        objects={
+            "gaussian.safetensors": folder.write_tensors(
+                "gaussian", _arrays(prior.tensors()), {"kind": "gaussian"}
+            )
+        },
         seconds=time.perf_counter() - began,
         units=start.iterations,
         finished=now(),
     )
-    folder.write_stage(fit)
-    evaluation = _judge(
-        bench, folder, GaussianPosterior(prior, bench.channel), "start", model.sha256
-    )
-    folder.commit(metrics=folder.metrics(), stages={"fit": fit, "evaluate": evaluation})
-    return {"model_digest": model.sha256, "reused": False}
+    folder.write_stage(record)
+    return record
 
 
 # ----------------------------------------------------------------------------------- iterations
 
 
-def unfinished_iterations(run_url: str) -> list[int]:
-    """Return the iterations that have work left: not committed, or with objects missing or damaged.
+def recover(run_url: str) -> Json:
+    """Compare every object of the run with its manifests, and make room for what has to be redone.
 
-    Recomputing what is damaged gives the same bytes, so that the iterations after it stay valid.
+    Returns:
+        The number of objects that were checked, and a line for each that has to be made anew.
     """
     store = RunStore.open(run_url)
-    complete = {
-        manifest.iteration
-        for manifest in store.completed()
-        if is_whole(
-            store.objects,
-            manifest.objects,
-            prefix=store.iteration(manifest.iteration).prefix,
-            checksum=True,
-        )
-    }
-    return [k for k in range(store.config.iterations) if k not in complete]
+    with stage("checking the run", total=None, unit="objects") as advance:
+        report = verify(store, on_object=lambda *_: advance(1))
+    repair(store, report)
+    store.objects.sweep()
+    findings = (*report.missing, *report.damaged, *report.orphaned)
+    return {"objects": report.objects, "findings": [f"{f.path}: {f.problem}" for f in findings]}
+
+
+def first_unfinished_iteration(run_url: str) -> int:
+    """Return the first iteration that is not complete."""
+    store = RunStore.open(run_url)
+    return min(len(store.completed()), store.config.iterations)
+
+
+def is_complete(run_url: str, iteration: int) -> bool:
+    """Tell whether an iteration is committed and follows from the model before it."""
+    store = RunStore.open(run_url)
+    manifest = store.iteration(iteration).manifest()
+    return manifest is not None and manifest.parent_digest == store.parent_digest(iteration)
 
 
 def model_before(store: RunStore, iteration: int) -> str:
@@ -294,11 +320,12 @@ def e_step_shard(
     name = f"iteration {iteration:03d} · E-step · shard {shard + 1}/{plan.shards}"
     with stage(name, total=len(observed), unit="images") as advance:
         x_hat = e_step(
-            bench.posterior(iteration),
+            bench.posterior(iteration, parent_digest),
             observed.y,
             observed.params,
             seeds=[derive_seed(plan.seed, int(sample)) for sample in observed.sample_ids],
             batch_size=bench.config.e_step.batch_size,
+            temperature=build.build_temperature(bench.config.e_step, iteration),
             on_progress=advance,
         )
     manifest = folder.write_shard(
@@ -310,7 +337,8 @@ def e_step_shard(
 def refine_model(
     run_url: str, iteration: int, config_digest: str, reconstructions_digest: str
 ) -> Json:
-    """Refine the model on the reconstructions, re-corrupted; go on from a checkpoint if there is one.
+    """Refine the model on the reconstructions, re-corrupted; go on from a checkpoint if there is
+    one.
 
     Arguments:
         run_url: The run.
@@ -371,7 +399,9 @@ def refine_model(
             state=state,
             on_step=on_step,
         )
-    model = folder.write_tensors("model", _arrays(result.weights), {"kind": "conditional denoiser"})
+    model = folder.write_tensors(
+        "model", _arrays(result.weights), {"kind": "conditional denoiser"}
+    )
     losses = folder.write_bytes(
         "losses.json", f'{{"mean": {result.mean_loss!r}, "last": {result.last_loss!r}}}\n'.encode()
     )
@@ -416,8 +446,7 @@ def evaluate_iteration(
     folder = bench.store.iteration(iteration)
     found = folder.stage("evaluate", parent_digest=model_digest)
     if found is None:
-        weights, _ = folder.read_tensors("model", digest=model_digest)
-        posterior = build.build_posterior(bench.config, bench.channel, bench.denoiser(weights))
+        posterior = bench.posterior(iteration + 1, model_digest)
         _judge(bench, folder, posterior, f"iteration {iteration:03d}", model_digest)
     metrics = folder.metrics()
     assert metrics is not None, "an evaluation's record stands only over its metrics"

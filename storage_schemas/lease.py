@@ -33,7 +33,7 @@ from storage_schemas.errors import DamageError
 from storage_schemas.objects import ObjectStore, redact_url
 from storage_schemas.stage_folder import now
 
-__all__ = ["LeaseHeld", "LeaseLost", "LeaseRecord", "RunLease", "read_lease"]
+__all__ = ["LeaseHeld", "LeaseLost", "LeaseRecord", "RunLease", "held_elsewhere", "read_lease"]
 
 FOLDER = "lease"
 _TIME = "%Y-%m-%d %H:%M:%S UTC"
@@ -80,6 +80,11 @@ class LeaseRecord(Record):
     def age(self, at: datetime) -> float:
         """Return the seconds since the last heartbeat."""
         return (at - self.heartbeat).total_seconds()
+
+    def is_this_process(self) -> bool:
+        """Tell whether this very process acquired the lease."""
+        here = (platform.node(), _machine(), os.getpid(), _process_start(os.getpid()))
+        return here == (self.host, self.machine, self.pid, self.pid_started)
 
     def owner_is_dead(self) -> bool:
         """Tell whether the owner's process is known to have ended."""
@@ -249,6 +254,12 @@ def read_lease(objects: ObjectStore) -> LeaseRecord | None:
         return read_json(objects, _name(number), LeaseRecord)
     except DamageError:
         return None
+
+
+def held_elsewhere(objects: ObjectStore) -> bool:
+    """Tell whether another process holds the lease."""
+    record = read_lease(objects)
+    return record is not None and not record.available(now()) and not record.is_this_process()
 
 
 def _highest(objects: ObjectStore) -> int:

@@ -36,6 +36,14 @@ __all__ = ["ObjectStore", "redact_url"]
 Names = list[str]  # in the class below, `list` is a method
 
 _PARTIAL = ".partial"
+_UNUSABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+)
 _REMOTE_EXTRAS = {
     "s3": "s3",
     "s3a": "s3",
@@ -199,7 +207,7 @@ class _LocalFiles:
             yield partial
             _sync_folder(target.parent)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            if error.errno in _UNUSABLE:
                 raise UnusableStore(
                     f"cannot write {target}: {os.strerror(error.errno)}; choose another "
                     "--store or change the permissions"

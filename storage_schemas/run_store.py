@@ -20,6 +20,7 @@ from storage_schemas.documents import create_json, read_json, write_json
 from storage_schemas.errors import ConfigMismatch, DamageError, NotARun, UnusableStore
 from storage_schemas.integrity import is_whole
 from storage_schemas.iteration_store import IterationStore
+from storage_schemas.lease import held_elsewhere
 from storage_schemas.manifests import (
     IterationManifest,
     ObservationsManifest,
@@ -62,8 +63,7 @@ class RunStore:
 
         A `run.json` that is damaged is written anew if the run was computed with this config.
         Where the configs differ outside `RunConfig.identity()` (iterations raised, another device)
-        the stored config is replaced; take the run's lease before, so that a run that is going is
-        left alone.
+        the stored config is replaced, unless another process is writing the run.
 
         Arguments:
             url: Where; or an open store.
@@ -98,7 +98,7 @@ class RunStore:
                 redact_url(objects.url),
                 config_differences(stored.config.identity(), config.identity()),
             )
-        if stored.config != config:
+        if stored.config != config and not held_elsewhere(objects):
             stored = stored.model_copy(update={"config": config})
             write_json(objects, RUN, stored)
         return cls(objects, stored)

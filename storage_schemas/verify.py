@@ -28,7 +28,7 @@ from storage_schemas.documents import read_json
 from storage_schemas.errors import DamageError
 from storage_schemas.integrity import joined, problem_of
 from storage_schemas.iteration_store import IterationStore
-from storage_schemas.lease import read_lease
+from storage_schemas.lease import held_elsewhere
 from storage_schemas.manifests import (
     IterationManifest,
     ObjectRecord,
@@ -42,7 +42,7 @@ from storage_schemas.manifests import (
 from storage_schemas.metrics import Metrics
 from storage_schemas.objects import ObjectStore
 from storage_schemas.run_store import RUN, RunStore
-from storage_schemas.stage_folder import CHECKPOINT, METRICS, now
+from storage_schemas.stage_folder import CHECKPOINT, METRICS
 
 __all__ = ["Finding", "VerifyReport", "recover", "repair", "verify"]
 
@@ -196,8 +196,7 @@ class _Check:
         for path in self.sizes:
             if path not in self.named and path.startswith(_OWN):
                 self.orphaned.append(Finding(path=path, problem="is named by no manifest"))
-        lease = read_lease(objects)
-        writing = lease is not None and not lease.available(now())
+        writing = held_elsewhere(objects)
         for path in objects.partials():
             if writing:
                 self._unfinished(path, "is being written")
@@ -219,8 +218,11 @@ class _Check:
         if seal is None:
             folder = self._contents(observations.FOLDER)
             self.named.update(folder)
-            if folder and not self.store.objects.exists(observations.SEAL):
-                self._unfinished(observations.FOLDER, "the observations are not complete")
+            if not self.store.objects.exists(observations.SEAL):
+                if joined("start", start_store.COMMIT) in self.sizes:
+                    self._miss(observations.SEAL, "is missing although the start is there")
+                elif folder:
+                    self._unfinished(observations.FOLDER, "the observations are not complete")
             return None
         before = len(self.missing) + len(self.damaged)
         self._compare(seal.objects, "")
@@ -236,8 +238,11 @@ class _Check:
         if manifest is None:
             contents = self._contents(start.prefix)
             self.named.update(contents)
-            if contents and not self.store.objects.exists(path):
-                self._unfinished(start.prefix, "the start is not complete")
+            if not self.store.objects.exists(path):
+                if self.store.iteration_numbers():
+                    self._miss(path, "is missing although iterations are there")
+                elif contents:
+                    self._unfinished(start.prefix, "the start is not complete")
             return None
         self._compare(manifest.objects, start.prefix)
         if data_digest is not None and manifest.parent_digest != data_digest:

@@ -8,6 +8,7 @@ damaged bytes cannot be confused: after the bytes have arrived, whatever goes wr
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.buffer import Buffer, default_buffer_prototype
-from zarr.storage import MemoryStore
+from zarr.storage import MemoryStore, StorePath
 
 from storage_schemas.errors import DamageError, LayoutMismatch
 from storage_schemas.layout import ArrayLayout, StoreLayout
@@ -59,8 +60,8 @@ def encode_metadata(layout: StoreLayout) -> dict[str, bytes]:
             attributes=array.attributes,
             dimension_names=array.dims,
         )
-    _consolidate(objects)
-    return {key: objects[key].to_bytes() for key in sorted(objects, key=_deepest_first)}
+    found = {key: objects[key].to_bytes() for key in sorted(objects, key=_deepest_first)}
+    return {**found, METADATA_KEY: _with_everything_below(found)}
 
 
 def object_key(start: int, object_rows: int, rank: int) -> str:
@@ -76,15 +77,15 @@ def encode_rows(metadata: bytes, start: int, rows: NDArray[Any]) -> dict[str, by
         start: The first row; where an object begins.
         rows: Values, shape (n, ...); they end where an object or the array ends.
     """
-    objects: dict[str, Buffer] = {METADATA_KEY: _buffer(metadata)}
-    array = _open(objects, mode="r+")
+    objects: dict[str, Buffer] = {}
+    array = _open(metadata, objects)
     span = (array.shards or array.chunks)[0]
     stop = start + len(rows)
     assert start % span == 0, f"row {start} is inside an object of {span} rows"
     assert stop % span == 0 or stop == array.shape[0], f"row {stop} is inside an object"
     assert rows.shape[1:] == array.shape[1:], f"rows {rows.shape} for an array {array.shape}"
     array[start:stop] = rows
-    return {key: objects[key].to_bytes() for key in sorted(objects) if key != METADATA_KEY}
+    return {key: objects[key].to_bytes() for key in sorted(objects)}
 
 
 def decode_rows(
@@ -102,12 +103,11 @@ def decode_rows(
     Raises:
         DamageError: If they cannot be decoded, checksums included.
     """
-    buffers = {METADATA_KEY: _buffer(metadata)}
-    buffers |= {key: _buffer(data) for key, data in objects.items()}
+    buffers = {key: _buffer(data) for key, data in objects.items()}
     if not all(len(data) for data in objects.values()):
         raise DamageError(path, "is empty")  # Zarr would read it as fill values
     try:
-        return np.asarray(_open(buffers, mode="r")[start:stop])
+        return np.asarray(_open(metadata, buffers)[start:stop])
     except Exception as error:  # everything is in memory: whatever fails here is in the bytes
         raise DamageError(path, f"cannot be decoded ({error})") from error
 
@@ -123,7 +123,7 @@ def describe(metadata: bytes, *, path: str) -> tuple[tuple[int, ...], np.dtype[A
         DamageError: If it describes no array.
     """
     try:
-        array = _open({METADATA_KEY: _buffer(metadata)}, mode="r")
+        array = _open(metadata, {})
     except Exception as error:  # in memory: whatever fails here is in the bytes
         raise DamageError(path, f"does not describe an array ({error})") from error
     return array.shape, array.dtype, (array.shards or array.chunks)[0]
@@ -142,7 +142,7 @@ def require_same_layout(path: str, *, stored: bytes, given: bytes) -> None:
 
 
 def _metadata_fields(metadata: bytes) -> dict[str, object]:
-    array = _open({METADATA_KEY: _buffer(metadata)}, mode="r")
+    array = _open(metadata, {})
     return {
         "shape": array.shape,
         "dtype": str(array.dtype),
@@ -154,11 +154,16 @@ def _metadata_fields(metadata: bytes) -> dict[str, object]:
     }
 
 
-def _open(objects: dict[str, Buffer], *, mode: Any) -> zarr.Array[Any]:
+def _open(metadata: bytes, objects: dict[str, Buffer]) -> zarr.Array[Any]:
     # Chunks that hold nothing but the fill value are written too, so that a missing object is
     # never a legitimate one. The setting is not stored: it is given at every opening.
-    array = zarr.open_array(MemoryStore(objects), mode=mode, zarr_format=3)
-    return array.with_config({"write_empty_chunks": True})
+    return zarr.Array(
+        zarr.AsyncArray(
+            metadata=json.loads(metadata),
+            store_path=StorePath(MemoryStore(objects)),
+            config={"write_empty_chunks": True},
+        )
+    )
 
 
 def _buffer(data: bytes) -> Buffer:
@@ -177,18 +182,25 @@ def _compressors(layout: ArrayLayout) -> list[Any]:
     return [blosc, Crc32cCodec()]
 
 
-def _consolidate(objects: dict[str, Buffer]) -> None:
-    """Copy all metadata into the root: xarray then opens the store silently, with one request."""
-    import warnings
+def _with_everything_below(objects: Mapping[str, bytes]) -> bytes:
+    """Return the root's metadata with all other metadata in it, as `consolidate_metadata` does.
 
-    from zarr.errors import ZarrUserWarning
+    xarray then opens the store with one request and without a warning. Nothing is ever added to
+    these hierarchies, so the copy cannot fall behind.
+    """
+    below = {}
+    for key in sorted(objects, key=lambda key: (key.count("/"), key)):
+        node = json.loads(objects[key])
+        if node["node_type"] == "group":
+            node["consolidated_metadata"] = _consolidated({})
+        below[key.removesuffix(f"/{METADATA_KEY}")] = node
+    root = below.pop(METADATA_KEY)
+    root["consolidated_metadata"] = _consolidated(below)
+    return json.dumps(root, indent=2).encode()
 
-    with warnings.catch_warnings():
-        # "Consolidated metadata is currently not part in the Zarr format 3 specification": a
-        # reader that does not know it reads the arrays' own metadata, which is there as well.
-        warnings.simplefilter("ignore", ZarrUserWarning)
-        warnings.simplefilter("ignore", UserWarning)
-        zarr.consolidate_metadata(MemoryStore(objects))
+
+def _consolidated(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {"kind": "inline", "must_understand": False, "metadata": metadata}
 
 
 def _deepest_first(key: str) -> tuple[int, str]:

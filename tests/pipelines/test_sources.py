@@ -55,4 +55,4 @@ def test_limit_takes_the_first_samples() -> None:
 
 def test_holding_everything_out_is_refused() -> None:
     with pytest.raises(ValueError, match=r"data\.holdout is 250 but there are only 200 samples"):
-        load_clean_samples(DigitsData(limit=200), seed=0)
+        DigitsData(limit=200)

@@ -1,0 +1,151 @@
+"""What a run is going to do, before it does anything: shards, network calls, bytes, memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import yaml
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from pipelines import build
+from pipelines.evaluation import work_of
+from pipelines.sources import load_clean_samples
+from storage_schemas.config import RunConfig
+from storage_schemas.objects import ObjectStore, redact_url
+from storage_schemas.run_store import RunStore
+
+__all__ = ["Plan", "make_plan", "print_plan"]
+
+_FLOAT = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Amounts of work of a whole run, before compression and without what is done already."""
+
+    training: int
+    """Observations of the training split."""
+    holdout: int
+    """Held-out observations."""
+    shards: int
+    """E-step shards per iteration."""
+    parameters: int
+    """Weights of the network."""
+    e_step_calls: int
+    """Network calls (forward, per sample) of an E-step; the first one, from the start, has none."""
+    m_step_calls: tuple[int, int]
+    """Network calls (forward and backward, per sample) of the first M-step and of a later one."""
+    evaluation_calls: int
+    """Network calls of an evaluation."""
+    observation_bytes: int
+    """Bytes of the observations, with parameters and clean samples."""
+    iteration_bytes: int
+    """Bytes of an iteration: reconstructions and model."""
+    e_step_memory: int
+    """Bytes of model and batch in an E-step, activations not counted."""
+    m_step_memory: int
+    """Bytes of reconstructions, weights, gradients, average and moments in an M-step."""
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Count the work of a run.
+
+    Arguments:
+        config: The config.
+
+    Returns:
+        The amounts.
+
+    Raises:
+        ValueError: If the config does not fit the data or the machine.
+    """
+    clean = load_clean_samples(config.data, seed=0)
+    x_shape = tuple(clean.x.shape[1:])
+    device = build.build_device(config.runner)
+    channel = build.build_channel(config.channel, x_shape)
+    denoiser = build.build_denoiser(config, channel, device=device)
+    build.build_grid(config.e_step.sampler, config.schedule)
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    holdout = config.data.holdout
+    training = len(clean.x) - holdout
+    x_size, y_size = math.prod(x_shape), math.prod(channel.y_shape)
+    params_size = sum(math.prod(shape) for shape in channel.params_spec.values())
+    steps = config.e_step.sampler.steps
+    samples = work_of(config.evaluation, holdout=holdout, others=training)
+    condition = channel.condition_channels * math.prod(x_shape[1:])
+    return Plan(
+        training=training,
+        holdout=holdout,
+        shards=math.ceil(training / config.e_step.shard_size),
+        parameters=parameters,
+        e_step_calls=training * steps,
+        m_step_calls=(
+            build.m_step_length(config.m_step, 0) * config.m_step.batch_size,
+            build.m_step_length(config.m_step, 1) * config.m_step.batch_size,
+        ),
+        evaluation_calls=samples * steps,
+        observation_bytes=len(clean.x) * (x_size + y_size + params_size) * _FLOAT,
+        iteration_bytes=(training * x_size + parameters) * _FLOAT,
+        e_step_memory=(parameters + config.e_step.batch_size * (3 * x_size + condition)) * _FLOAT,
+        m_step_memory=(5 * parameters + training * x_size) * _FLOAT,
+    )
+
+
+def print_plan(config: RunConfig, url: str) -> None:
+    """Print the resolved config and the plan; write nothing.
+
+    Raises:
+        ValueError: If the config does not fit the data, the machine, or the run at `url`.
+    """
+    plan = make_plan(config)
+    console = Console()
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, title="Plan", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    first, later = plan.m_step_calls
+    later_m_steps = later * (config.iterations - 1)
+    e_steps = plan.e_step_calls * (config.iterations - 1)
+    for name, value in (
+        ("EM iterations", f"{config.iterations}"),
+        ("observations: training, held out", f"{plan.training:,}, {plan.holdout:,}"),
+        ("shards per E-step", f"{plan.shards}"),
+        ("weights of the network", f"{plan.parameters:,}"),
+        ("network calls: all E-steps (forward)", f"{e_steps:,}"),
+        ("network calls: all M-steps (forward and backward)", f"{first + later_m_steps:,}"),
+        ("network calls: all evaluations", f"{plan.evaluation_calls * config.iterations:,}"),
+        ("bytes: observations, uncompressed", _bytes(plan.observation_bytes)),
+        (
+            "bytes: iterations, uncompressed",
+            _bytes(plan.iteration_bytes * config.iterations),
+        ),
+        ("memory: E-step, activations not counted", _bytes(plan.e_step_memory)),
+        ("memory: M-step, activations not counted", _bytes(plan.m_step_memory)),
+        ("where", _where(config, url)),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _where(config: RunConfig, url: str) -> str:
+    """Say whether the run is new, goes on, or is another one."""
+    objects = ObjectStore(url)
+    if not objects.exists("run.json"):
+        return f"{redact_url(url)} (new)"
+    store = RunStore.open(objects)
+    if store.config.digest != config.digest:
+        RunStore.create(objects, config)  # refuses, with the difference
+    return f"{redact_url(url)} (goes on after {len(store.completed())} iterations)"
+
+
+def _bytes(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
+        value /= 1024
+    return f"{value:,.1f} TiB"

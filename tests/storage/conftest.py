@@ -1,0 +1,45 @@
+"""Places for small runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from storage_schemas.run_store import RunStore
+from tests.storage.tiny_run import resume_run
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only `test_objects` is about syncing; elsewhere it costs 10 ms an object."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture
+def complete_run(tmp_path: Path) -> RunStore:
+    """A run of two iterations on the disk."""
+    return resume_run(str(tmp_path / "run"))
+
+
+@pytest.fixture
+def memory_url() -> Iterator[str]:
+    """A folder of fsspec's memory file system, emptied afterwards."""
+    import fsspec
+
+    yield "memory://storage-tests/run"
+    file_system = fsspec.filesystem("memory")
+    if file_system.exists("/storage-tests"):
+        file_system.rm("/storage-tests", recursive=True)
+
+
+@pytest.fixture(params=["local", "file", "memory"])
+def any_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A URL of each kind that needs no server."""
+    if request.param == "memory":
+        url: str = request.getfixturevalue("memory_url")
+        return url
+    path = str(tmp_path / "run")
+    return f"file://{path}" if request.param == "file" else path

@@ -1,0 +1,160 @@
+import multiprocessing
+import os
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import pytest
+
+from storage_schemas.errors import StorageError, UnusableStore
+from storage_schemas.objects import ObjectStore, redact_url
+
+
+def test_objects_come_back_and_are_listed(any_url: str) -> None:
+    objects = ObjectStore(any_url)
+    assert objects.list() == []
+    assert objects.children("a") == []
+    objects.write("a/b/one", b"1")
+    objects.write("a/two", b"22")
+    objects.write("a/two", b"222")
+    assert objects.read("a/two") == b"222"
+    assert objects.sizes() == {"a/b/one": 1, "a/two": 3}
+    assert objects.list("a/b") == ["a/b/one"]
+    assert objects.children() == ["a"]
+    assert objects.children("a") == ["b", "two"]
+    assert (objects.size("a/two"), objects.size("a"), objects.size("nothing")) == (3, None, None)
+    assert objects.read_many(["a/two", "nothing"]) == {"a/two": b"222"}
+    objects.delete("a/two")
+    objects.delete("a/two")
+    assert not objects.exists("a/two")
+    with pytest.raises(FileNotFoundError):
+        objects.read("a/two")
+    objects.delete_folder("a")
+    assert objects.list() == []
+
+
+def test_create_never_replaces(any_url: str) -> None:
+    objects = ObjectStore(any_url)
+    objects.create("a/b", b"first")
+    with pytest.raises(FileExistsError):
+        objects.create("a/b", b"second")
+    assert objects.read("a/b") == b"first"
+    assert objects.partials() == []
+
+
+@pytest.mark.parametrize("path", ["", "/a", "../a", "a/../../b"])
+def test_paths_stay_in_the_store(path: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="relative to the store"):
+        ObjectStore(str(tmp_path)).write(path, b"")
+
+
+def test_partial_files_are_no_objects(tmp_path: Path) -> None:
+    objects = ObjectStore(str(tmp_path))
+    objects.write("a/b", b"1")
+    (tmp_path / "a" / ".b.0123.partial").write_bytes(b"torn")
+    assert objects.list() == ["a/b"]
+    assert objects.children("a") == ["b"]
+    assert objects.partials() == ["a/.b.0123.partial"]
+    objects.sweep()
+    assert objects.partials() == []
+    assert objects.list() == ["a/b"]
+
+
+def test_a_failed_write_leaves_the_old_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = ObjectStore(str(tmp_path))
+    objects.write("a", b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*/a'"):
+        objects.write("a", b"new")
+    assert objects.read("a") == b"old"
+    assert objects.partials() == []
+
+
+def test_an_object_is_synced_before_and_after_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File, then rename, then folder: else a power cut leaves an empty file under the name."""
+    events: list[str] = []
+    target = tmp_path / "object"
+    real = os.fsync
+
+    def recorded(descriptor: int) -> None:
+        name = "file" if os.path.isfile(f"/proc/self/fd/{descriptor}") else "folder"  # noqa: PTH113
+        events.append(f"{name} {'placed' if target.exists() else 'absent'}")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    ObjectStore(str(tmp_path)).write("object", b"1")
+    assert events == ["file absent", "folder placed"]
+
+
+def test_a_file_in_the_way_is_the_callers_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for use in (ObjectStore.write, ObjectStore.create):
+        with pytest.raises(UnusableStore, match="Not a directory; choose another --store"):
+            use(ObjectStore(str(tmp_path / "file" / "run")), "run.json", b"")
+
+
+def test_a_read_only_file_system_is_the_callers_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(StorageError, match="Permission denied; choose another --store"):
+        ObjectStore(str(tmp_path)).write("a", b"")
+
+
+def test_an_unknown_scheme_lists_the_known_ones() -> None:
+    with pytest.raises(UnusableStore, match=r"'s4'.*known are local paths and .*memory.*s3"):
+        ObjectStore("s4://bucket/run")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("s3://key:secret@bucket/run", "s3://***@bucket/run"),
+        ("https://host/run?sig=secret#secret", "https://host/run?***"),
+        ("s3://bucket/run", "s3://bucket/run"),
+        ("/a/b@c?d", "/a/b@c?d"),
+    ],
+)
+def test_secrets_in_urls_are_not_shown(url: str, shown: str) -> None:
+    assert redact_url(url) == shown
+
+
+def _create(path: str, name: bytes, barrier: Barrier, queue: "Queue[bool]") -> None:
+    objects = ObjectStore(path)
+    for attempt in range(10):
+        barrier.wait()
+        try:
+            objects.create(str(attempt), name)
+            queue.put(True)
+        except FileExistsError:
+            queue.put(False)
+
+
+def test_of_many_processes_one_creates(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    barrier, queue = context.Barrier(4), context.Queue()
+    workers = [
+        context.Process(target=_create, args=(str(tmp_path), b"%d" % n * 100, barrier, queue))
+        for n in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    created = [queue.get(timeout=60) for _ in range(40)]
+    for worker in workers:
+        worker.join()
+    assert sum(created) == 10
+    objects = ObjectStore(str(tmp_path))
+    for name in objects.list():
+        content = objects.read(name)
+        assert (len(content), len(set(content))) == (100, 1)
