@@ -12,12 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 from torch import Tensor
 
 from diffem_core.channel import Channel
 from diffem_core.classifier import DigitClassifier
+from diffem_core.cooccurrence import cooccurrence_divergence
 from diffem_core.e_step import e_step
 from diffem_core.metrics import frechet_distance, masked_rmse, psnr, rmse, sinkhorn_divergence
 from diffem_core.monitors import observation_divergence
@@ -119,30 +121,89 @@ def evaluate(
     )
     reconstructions = _draw(posterior, subset, (seed, "others"), batch_size, on_progress)
 
-    values: dict[str, Metric] = {}
-    divergence = observation_divergence(
+    values = _divergences(channel, scaling, reconstructions, holdout, subset, seed)
+    if truth is not None:
+        values |= _errors(draws, truth, channel, scaling, holdout)
+        values |= _distances(reconstructions, draws, truth, rows, config)
+    return Evaluation(metrics=Metrics(values=values), draws=draws, reconstructions=reconstructions)
+
+
+def _divergences(
+    channel: Channel,
+    scaling: Scaling,
+    reconstructions: Tensor,
+    holdout: Observed,
+    others: Observed,
+    seed: int,
+) -> dict[str, Metric]:
+    """Compare held-out observations with re-corrupted reconstructions, and with real ones."""
+    sliced = observation_divergence(
         channel,
         scaling,
         reconstructions,
         holdout.y,
         holdout.params,
-        reference=(subset.y, subset.params),
+        reference=(others.y, others.params),
         seed=derive_seed(seed, "divergence"),
     )
-    values["divergence"] = Metric(
-        value=divergence.value,
-        standard_error=divergence.standard_error,
-        long_name="sliced Wasserstein distance in observation space, network units",
-        better="lower",
-    )
-    values["divergence_floor"] = Metric(
-        value=divergence.floor,
-        long_name="the same distance between two sets of real observations",
-    )
-    if truth is not None:
-        values |= _errors(draws, truth, channel, scaling, holdout)
-        values |= _distances(reconstructions, draws, truth, rows, config)
-    return Evaluation(metrics=Metrics(values=values), draws=draws, reconstructions=reconstructions)
+    values = {
+        "sliced_wasserstein": Metric(
+            value=sliced.value,
+            standard_error=sliced.standard_error,
+            long_name="sliced Wasserstein distance in observation space, network units",
+            better="lower",
+        ),
+        "sliced_wasserstein_floor": Metric(
+            value=sliced.floor, long_name="the same between two sets of real observations"
+        ),
+    }
+    fresh = _recorrupted(channel, reconstructions, derive_seed(seed, "recorruption"))
+    first = _seen_images(channel, scaling, holdout)
+    if first is None:
+        return {
+            "divergence": values.pop("sliced_wasserstein"),
+            "divergence_floor": values.pop("sliced_wasserstein_floor"),
+        }
+    pairs = []
+    for observed in (fresh, others):
+        second = _seen_images(channel, scaling, observed)
+        assert second is not None
+        pairs.append(cooccurrence_divergence(*first, *second))
+    name = "squared Hellinger distance of grey-level pairs of neighbours in observation space, %"
+    return {
+        "divergence": Metric(
+            value=100 * pairs[0].value,
+            standard_error=100 * pairs[0].standard_error,
+            long_name=name,
+            units="%",
+            better="lower",
+        ),
+        "divergence_floor": Metric(
+            value=100 * pairs[1].value,
+            standard_error=100 * pairs[1].standard_error,
+            long_name="the same between two sets of real observations",
+            units="%",
+        ),
+        **values,
+    }
+
+
+def _recorrupted(channel: Channel, x: Tensor, seed: int) -> Observed:
+    generator = torch.Generator().manual_seed(seed)
+    params = channel.draw_params(len(x), generator=generator)
+    y = channel.corrupt(x, params, generator=generator)
+    return Observed(sample_ids=range(len(x)), y=y, params=params)
+
+
+def _seen_images(
+    channel: Channel, scaling: Scaling, observed: Observed
+) -> tuple[Tensor, Tensor] | None:
+    """Return images in network units and which pixels are seen, where A selects pixels."""
+    selection = channel.selection(observed.params)
+    if selection is None or len(channel.x_shape) != 3:
+        return None
+    x = scaling.to_network(channel.A_dagger(observed.y, observed.params))
+    return x, selection.reshape(x.shape)
 
 
 def _others_used(config: EvaluationConfig, available: int) -> int:
@@ -214,22 +275,30 @@ def _errors(
 def _distances(
     reconstructions: Tensor, draws: Tensor, truth: Truth, rows: Tensor, config: EvaluationConfig
 ) -> dict[str, Metric]:
+    """Measure how far the reconstructions' distribution is from that of clean samples.
+
+    The clean samples are of other observations than those that were reconstructed, so that a
+    distance cannot profit from seeing the same ones; the floor takes the clean samples of the
+    reconstructed observations instead of the reconstructions.
+    """
+    others = torch.ones(len(truth.training), dtype=torch.bool)
+    others[rows] = False
+    clean, same = truth.training[others], truth.training[rows]
+    if len(clean) < 2:
+        reason = "not known: every clean sample belongs to a reconstruction; lower reconstructions"
+        return {"distance": Metric(value=None, long_name=reason)}
     match config.distance:
         case None:
             return {}
         case FrechetDistance():
-            return _classifier_distances(reconstructions, draws, truth)
+            return _classifier_distances(reconstructions, draws, truth, clean, same)
         case SinkhornDistance() as sinkhorn:
-            # Clean points of other observations than those that were reconstructed, so that the
-            # distance cannot profit from seeing the same points, and a floor from a third set.
-            count = min(sinkhorn.samples, len(reconstructions), len(truth.training) // 3)
-            other = torch.ones(len(truth.training), dtype=torch.bool)
-            other[rows] = False
-            pool = truth.training[other] if int(other.sum()) >= 2 * count else truth.training
-            first, second = pool[:count], pool[count : 2 * count]
+            count = min(sinkhorn.samples, len(reconstructions), len(clean))
             value, floor = (
-                sinkhorn_divergence(cloud, first, regularization=sinkhorn.regularization)
-                for cloud in (reconstructions[:count], second)
+                sinkhorn_divergence(
+                    cloud[:count], clean[:count], regularization=sinkhorn.regularization
+                )
+                for cloud in (reconstructions, same)
             )
             name = "Sinkhorn divergence between reconstructions and clean samples"
             return {
@@ -238,36 +307,35 @@ def _distances(
                     value=floor, long_name="the same between two sets of clean samples"
                 ),
             }
+    assert_never(config.distance)
 
 
 def _classifier_distances(
-    reconstructions: Tensor, draws: Tensor, truth: Truth
+    reconstructions: Tensor, draws: Tensor, truth: Truth, clean: Tensor, same: Tensor
 ) -> dict[str, Metric]:
-    classifier = truth.classifier
-    if classifier is None or truth.holdout_labels is None:
-        return {
-            "distance": Metric(value=None, long_name="not known: the samples have no labels"),
-        }
-    clean = classifier.features(truth.training)
+    classifier, labels = truth.classifier, truth.holdout_labels
+    if classifier is None or labels is None:
+        return {"distance": Metric(value=None, long_name="not known: the samples have no labels")}
+    features = classifier.features(clean)
+    value, floor = (
+        frechet_distance(classifier.features(x), features) for x in (reconstructions, same)
+    )
     return {
         "distance": Metric(
-            value=frechet_distance(classifier.features(reconstructions), clean),
+            value=value,
             long_name="Fréchet distance to clean samples in a classifier's features",
             better="lower",
         ),
         "distance_floor": Metric(
-            value=frechet_distance(classifier.features(truth.holdout), clean),
-            long_name="the same between held-out clean samples and the others",
+            value=floor, long_name="the same between two sets of clean samples"
         ),
         "accuracy": Metric(
-            value=classifier.accuracy(
-                draws.flatten(0, 1), truth.holdout_labels.repeat(len(draws))
-            ),
+            value=classifier.accuracy(draws.flatten(0, 1), labels.repeat(len(draws))),
             long_name="fraction of held-out posterior samples classified as their clean image",
             better="higher",
         ),
         "accuracy_clean": Metric(
-            value=classifier.accuracy(truth.holdout, truth.holdout_labels),
+            value=classifier.accuracy(truth.holdout, labels),
             long_name="the same for the clean held-out images",
         ),
     }

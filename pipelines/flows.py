@@ -17,10 +17,9 @@ remembers; otherwise Prefect's cache answers, so that its UI shows what was skip
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from prefect import Task, flow, task
+from prefect import flow, task
 from prefect.cache_policies import NO_CACHE, RUN_ID, CacheKeyFnPolicy
 from prefect.context import TaskRunContext
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -40,10 +39,9 @@ def _key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     return "-".join(["diffem", context.task.name, *values])
 
 
-def _stage(function: Callable[..., Json], name: str, run_name: str) -> Task[..., Json]:
-    """Wrap a stage whose result is a small record, cached by the digests that it works from."""
+def _stage(name: str, run_name: str) -> Any:
+    """Make the wrapper of a stage whose result is a small record, cached by digests."""
     return task(
-        function,
         name=name,
         task_run_name=run_name,
         cache_policy=CacheKeyFnPolicy(cache_key_fn=_key),
@@ -52,31 +50,32 @@ def _stage(function: Callable[..., Json], name: str, run_name: str) -> Task[...,
     )
 
 
-task_observations = task(
-    stages.prepare_observations, name="observations", cache_policy=NO_CACHE, persist_result=False
-)
-task_start = task(stages.fit_start, name="start", cache_policy=NO_CACHE, persist_result=False)
-task_recover = task(
-    stages.recover, name="check the run", cache_policy=NO_CACHE, persist_result=False
-)
+def _always(name: str) -> Any:
+    """Make the wrapper of a stage that looks into the store at every run."""
+    return task(name=name, cache_policy=NO_CACHE, persist_result=False)
+
+
+task_recover = _always("check the run")(stages.recover)
+task_observations = _always("observations")(stages.prepare_observations)
+task_start = _always("start")(stages.fit_start)
+task_commit = _always("commit")(stages.commit_iteration)
+# A retried flow run matches its subflows by the order of the calls, so it has to make the same
+# calls as before.
 task_first_unfinished = task(
-    stages.first_unfinished_iteration,
     name="first unfinished iteration",
-    # A retried flow run matches its subflows by the order of the calls, so it has to make the same
-    # calls as before.
     cache_policy=RUN_ID,
     persist_result=True,
     result_serializer="json",
-)
-task_e_step = _stage(stages.e_step_shard, "e_step", "E-step · shard {shard:05d}")
-task_m_step = _stage(stages.refine_model, "m_step", "M-step")
-task_evaluate = _stage(stages.evaluate_iteration, "evaluate", "evaluation")
-task_commit = task(
-    stages.commit_iteration, name="commit", cache_policy=NO_CACHE, persist_result=False
-)
+)(stages.first_unfinished_iteration)
+task_e_step = _stage("e_step", "E-step · shard {shard:05d}")(stages.e_step_shard)
+task_m_step = _stage("m_step", "M-step")(stages.refine_model)
+task_evaluate = _stage("evaluate", "evaluation")(stages.evaluate_iteration)
+
+# One device, so one shard at a time; the network uses all the cores.
+_one_worker: Any = ThreadPoolTaskRunner(max_workers=1)
 
 
-@flow(name="em_iteration", task_runner=ThreadPoolTaskRunner(max_workers=1), persist_result=False)
+@flow(name="em_iteration", task_runner=_one_worker, persist_result=False)
 def em_iteration(run_url: str, iteration: int) -> Json:
     """Do what is left of one EM iteration: E-step shards, M-step, evaluation, commit.
 

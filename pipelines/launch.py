@@ -128,8 +128,9 @@ def _work(store: RunStore, console: Console, *, take_over: bool) -> Summary:
         run = em_run.with_options(
             flow_run_name=store.config.name,
             on_running=[lambda *_: starting.close()],
-            **_result_storage(store),
         )
+        if (folder := _result_folder(store)) is not None:
+            run = run.with_options(result_storage=folder)
         try:
             with temporary_settings(settings):
                 return Summary.model_validate(run(store.url, take_over=take_over))
@@ -149,7 +150,7 @@ def _preload() -> None:
             importlib.import_module(name)
 
 
-def _result_storage(store: RunStore) -> dict[str, Path]:
+def _result_folder(store: RunStore) -> Path | None:
     """Keep Prefect's records of stages beside a local run, so that they go where it goes."""
     local = store.objects.local_path
-    return {} if local is None else {"result_storage": Path(local).resolve() / "prefect"}
+    return None if local is None else Path(local).resolve() / "prefect"

@@ -35,7 +35,7 @@ class Plan:
     parameters: int
     """Weights of the network."""
     e_step_calls: int
-    """Network calls (forward, per sample) of an E-step; the first one, from the start, has none."""
+    """Network calls (forward, per sample) of an E-step; the first one has none."""
     m_step_calls: tuple[int, int]
     """Network calls (forward and backward, per sample) of the first M-step and of a later one."""
     evaluation_calls: int

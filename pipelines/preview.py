@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -145,17 +146,9 @@ def _mosaic(images: NDArray[np.float64], gap: float = 1.0) -> NDArray[np.float64
     return np.concatenate(parts[:-1], axis=1)
 
 
-def _label(axis: object, text: str) -> None:
-    axis.set_axis_off()  # type: ignore[attr-defined]
-    axis.text(  # type: ignore[attr-defined]
-        -0.012,
-        0.5,
-        text,
-        transform=axis.transAxes,
-        ha="right",
-        va="center",
-        fontsize=7.5,  # type: ignore[attr-defined]
-    )
+def _label(axis: Axes, text: str) -> None:
+    axis.set_axis_off()
+    axis.text(-0.012, 0.5, text, transform=axis.transAxes, ha="right", va="center", fontsize=7.5)
 
 
 def _png(figure: Figure) -> bytes:

@@ -260,7 +260,7 @@ def model_before(store: RunStore, iteration: int) -> str:
 
 
 def lay_out_iteration(run_url: str, iteration: int) -> Json:
-    """Lay out an iteration's reconstructions before the fan-out, and tell which shards are there."""
+    """Lay out an iteration's reconstructions before the fan-out; tell which shards are missing."""
     store = RunStore.open(run_url)
     observations = store.observations("train")
     parent = model_before(store, iteration)
@@ -337,8 +337,7 @@ def e_step_shard(
 def refine_model(
     run_url: str, iteration: int, config_digest: str, reconstructions_digest: str
 ) -> Json:
-    """Refine the model on the reconstructions, re-corrupted; go on from a checkpoint if there is
-    one.
+    """Refine the model on the reconstructions, re-corrupted, from a checkpoint if there is one.
 
     Arguments:
         run_url: The run.
@@ -421,7 +420,7 @@ def refine_model(
 
 
 def _checkpoint(folder: StageFolder, digest: str) -> tuple[TrainingState | None, float]:
-    """Return the M-step's state and the seconds that it took, if it learned from these reconstructions."""
+    """Return the M-step's state and its seconds, if it learned from these reconstructions."""
     found = folder.read_checkpoint()
     if found is None or found[1].get("reconstructions") != digest:
         return None, 0.0
@@ -518,7 +517,7 @@ def _judge(
 
 
 def _truth(bench: _Bench) -> Truth | None:
-    """Read the clean samples, where the run has any. Called by the evaluation and by nothing else."""
+    """Read the clean samples, where the run has any: called by the evaluation alone."""
     holdout = bench.store.observations("holdout")
     training = bench.store.observations("train")
     x_holdout, x_training = holdout.truth(), training.truth()

@@ -53,14 +53,14 @@ class Summary(Record):
 
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
     # metric, heading, format
-    ("divergence", "divergence", "{:.4f}"),
+    ("divergence", "divergence", "{:.3f}"),
     ("psnr_sample", "PSNR\nsample", "{:.2f}"),
     ("psnr_mean", "PSNR\nmean", "{:.2f}"),
     ("hidden_rmse_sample", "hidden RMSE\nsample", "{:.3f}"),
     ("hidden_rmse_mean", "hidden RMSE\nmean", "{:.3f}"),
     ("rmse_sample", "RMSE\nsample", "{:.3f}"),
     ("rmse_mean", "RMSE\nmean", "{:.3f}"),
-    ("distance", "distance", "{:.4f}"),
+    ("distance", "distance", "{:.3f}"),
     ("accuracy", "accuracy", "{:.3f}"),
 )
 _FLOORS = {

@@ -3,6 +3,7 @@
 | module | holds |
 |---|---|
 | `config` | the run config |
+| `json_schema`, `migrations` | its JSON Schema; from older schema versions to the present |
 | `manifests`, `metrics`, `documents` | what was written, with checksums; JSON that checks itself |
 | `objects` | bytes in and out, atomically, at any URL |
 | `layout`, `zarr_objects`, `tensors` | Zarr arrays and safetensors as such bytes |

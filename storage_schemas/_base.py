@@ -1,4 +1,4 @@
-"""The base of every model in this package: frozen, strict about keys, documented by its attribute docstrings."""
+"""The base of every model in this package: frozen, and strict about keys."""
 
 from __future__ import annotations
 

@@ -386,7 +386,7 @@ class EStepConfig(Record):
     sampler: SamplerConfig = DdpmSampler()
     """Solver of the reverse process."""
     tempering: TemperingConfig | None = None
-    """Less noise in the first E-steps; none by default, as in the paper. Evaluations never use it."""
+    """Less noise in the first E-steps (none in the paper). Evaluations never use it."""
     shard_size: PositiveInt = 512
     """Observations per shard: the unit of work, of retrying and of storage (one object)."""
     batch_size: PositiveInt = 256

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from storage_schemas._base import Record
-from storage_schemas.errors import DamageError, NewerSchema
+from storage_schemas.errors import DamageError
+from storage_schemas.migrations import migrated
 from storage_schemas.objects import ObjectStore
 
 __all__ = [
-    "SCHEMA_VERSION",
     "canonical_json",
     "create_json",
     "decode_json",
@@ -26,9 +26,6 @@ __all__ = [
     "read_json",
     "write_json",
 ]
-
-SCHEMA_VERSION = 1
-"""Version of everything that is stored; read what is older, refuse what is newer."""
 
 _Model = TypeVar("_Model", bound=Record)
 
@@ -59,7 +56,7 @@ def decode_json(content: bytes, model: type[_Model], *, path: str) -> _Model:
         path: The document's path, for messages.
 
     Raises:
-        DamageError: If the document is not what was written.
+        DamageError: If the document is not what was written, or does not fit the model.
         NewerSchema: If it was written by a newer version of this package.
     """
     try:
@@ -71,12 +68,7 @@ def decode_json(content: bytes, model: type[_Model], *, path: str) -> _Model:
     checksum = data.pop("sha256", None)
     if checksum != digest_of(data):
         raise DamageError(path, "does not answer to its checksum: damaged, or edited by hand")
-    version = data.get("schema_version", SCHEMA_VERSION)
-    if version > SCHEMA_VERSION:
-        raise NewerSchema(
-            f"{path} has schema version {version} but this version of diffem reads up to "
-            f"{SCHEMA_VERSION}; install a newer diffem (pip install --upgrade diffem)"
-        )
+    data = migrated(model.__name__, data, path=path)
     try:
         return model.model_validate(data)
     except ValidationError as error:

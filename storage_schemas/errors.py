@@ -44,19 +44,29 @@ class BadObservations(StorageError):
 
 
 class _Difference(StorageError):
-    """Two descriptions of one thing differ; `differences` holds lines `key: stored -> given`."""
+    """Two descriptions of one thing differ.
+
+    Arguments:
+        message: The whole message.
+        differences: Lines `key: stored -> given`.
+    """
 
     def __init__(self, message: str, differences: Sequence[str]) -> None:
         super().__init__(message)
         self.differences = tuple(differences)
 
+    def __reduce__(self) -> tuple[type[_Difference], tuple[str, tuple[str, ...]]]:
+        return type(self), (str(self), self.differences)
+
 
 class ConfigMismatch(_Difference):
     """A run exists at the URL and was made with another config."""
 
-    def __init__(self, url: str, differences: Sequence[str]) -> None:
+    @classmethod
+    def at(cls, url: str, differences: Sequence[str]) -> ConfigMismatch:
+        """Say where, and what differs."""
         lines = "\n".join(f"  {line}" for line in differences)
-        super().__init__(
+        return cls(
             f"the run at {url} was made with another config (stored -> given):\n{lines}\n"
             "give the stored values, or another --store or name for a new run, or delete the run",
             differences,
@@ -66,12 +76,13 @@ class ConfigMismatch(_Difference):
 class LayoutMismatch(_Difference):
     """An array exists and has another layout."""
 
-    def __init__(self, path: str, differences: Mapping[str, tuple[object, object]]) -> None:
+    @classmethod
+    def at(cls, path: str, differences: Mapping[str, tuple[object, object]]) -> LayoutMismatch:
+        """Say where, and what differs."""
         lines = [f"{key}: {stored} -> {given}" for key, (stored, given) in differences.items()]
-        text = "; ".join(lines)
-        super().__init__(
-            f"{path} exists with another layout (stored -> given): {text}; use the stored layout, "
-            "or delete the store",
+        return cls(
+            f"{path} exists with another layout (stored -> given): {'; '.join(lines)}; use the "
+            "stored layout, or delete the store",
             lines,
         )
 

@@ -64,10 +64,16 @@ class ObjectStore:
             none.
 
     Raises:
-        UnusableStore: If the scheme is unknown or its library is not installed.
+        UnusableStore: If the scheme is unknown, its library is not installed, or the URL holds a
+            password: URLs are shown and stored.
     """
 
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
+        if re.match(r"[^/]+://[^/@]*:[^/@]*@", url):
+            raise UnusableStore(
+                f"{redact_url(url)} holds a password, but URLs are shown and stored; leave it out "
+                "and give it where the library of this store looks for it (environment, profile)"
+            )
         self.url = url.rstrip("/") or "/"
         self._options = dict(storage_options or {})
         local = _local_path(self.url)
@@ -81,6 +87,14 @@ class ObjectStore:
 
     def __repr__(self) -> str:
         return f"ObjectStore({redact_url(self.url)!r})"
+
+    def __reduce__(self) -> tuple[type[ObjectStore], tuple[str]]:
+        if self._options:
+            raise TypeError(
+                f"{self!r} has storage options, which may be secret and are not passed on to "
+                "other processes; give them by environment or profile, and pass the URL"
+            )
+        return ObjectStore, (self.url,)
 
     def read(self, path: str) -> bytes:
         """Return an object's bytes; FileNotFoundError if it does not exist."""

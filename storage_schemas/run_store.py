@@ -94,7 +94,7 @@ class RunStore:
             )
             stored = _create_run(objects, manifest)
         if stored.config_digest != config.digest:
-            raise ConfigMismatch(
+            raise ConfigMismatch.at(
                 redact_url(objects.url),
                 config_differences(stored.config.identity(), config.identity()),
             )

@@ -138,7 +138,7 @@ def require_same_layout(path: str, *, stored: bytes, given: bytes) -> None:
         if ours.get(key) != theirs.get(key)
     }
     if differences:
-        raise LayoutMismatch(path, differences)
+        raise LayoutMismatch.at(path, differences)
 
 
 def _metadata_fields(metadata: bytes) -> dict[str, object]:

@@ -244,7 +244,12 @@ def test_clean_samples_change_nothing_but_the_evaluation(
         p: theirs[p] for p in theirs if p not in metrics
     }
     status = read_status(RunStore.open(str(url)))
-    assert set(status.start.metrics) == {"divergence", "divergence_floor"}
+    assert set(status.start.metrics) == {
+        "divergence",
+        "divergence_floor",
+        "sliced_wasserstein",
+        "sliced_wasserstein_floor",
+    }
 
 
 def test_another_seed_is_another_run(tiny_config: Path, tmp_path: Path, finished: Path) -> None:

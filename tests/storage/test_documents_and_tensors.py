@@ -1,12 +1,16 @@
 import json
 import subprocess
 import sys
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
+from storage_schemas import config, lease, manifests, metrics, migrations
+from storage_schemas._base import Record
 from storage_schemas.documents import decode_json, encode_json
 from storage_schemas.errors import DamageError, NewerSchema
+from storage_schemas.json_schema import run_config_schema
 from storage_schemas.manifests import Provenance
 from storage_schemas.metrics import Metrics
 from storage_schemas.tensors import decode_tensors, encode_tensors
@@ -51,6 +55,61 @@ def test_a_newer_document_asks_for_a_newer_version() -> None:
     document = encode_json(Newer(values={}))
     with pytest.raises(NewerSchema, match=r"schema version 2 but .* reads up to 1; install"):
         decode_json(document, Metrics, path="m.json")
+
+
+class Second(Record):
+    """A model whose field `size` was called `length` in version 1."""
+
+    schema_version: Literal[2] = 2
+    size: int
+
+
+def test_an_older_document_is_migrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    class First(Record):
+        schema_version: Literal[1] = 1
+        length: int
+
+    def renamed(kind: str, data: dict[str, Any]) -> dict[str, Any]:
+        assert kind == "Second"
+        return {"size": data["length"]}
+
+    document = encode_json(First(length=3))
+    with pytest.raises(DamageError, match="does not hold a Second"):
+        decode_json(document, Second, path="s.json")
+    monkeypatch.setattr(migrations, "SCHEMA_VERSION", 2)
+    monkeypatch.setitem(migrations.MIGRATIONS, 1, renamed)
+    assert decode_json(document, Second, path="s.json") == Second(size=3)
+    assert decode_json(encode_json(Second(size=4)), Second, path="s.json") == Second(size=4)
+
+
+def test_every_stored_model_has_the_present_version() -> None:
+    """A model left behind, or a version without a migration that leads to it, is noticed."""
+    models = {
+        value
+        for module in (config, lease, manifests, metrics)
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Record)
+        and "schema_version" in value.model_fields
+    }
+    assert len(models) > 8
+    for model in models:
+        assert model.model_fields["schema_version"].default == migrations.SCHEMA_VERSION
+    assert [*migrations.MIGRATIONS] == [*range(1, migrations.SCHEMA_VERSION)]
+
+
+def test_the_schema_of_the_config_describes_every_field() -> None:
+    schema = json.loads(run_config_schema())
+    assert schema["$schema"].endswith("2020-12/schema")
+    definitions = [schema, *schema["$defs"].values()]
+    assert len(definitions) > 15
+    for definition in definitions:
+        assert definition["additionalProperties"] is False
+        for name, field in definition["properties"].items():
+            # A part of the config is described by its model.
+            described = "description" in field or "$ref" in field or "oneOf" in field
+            assert described or name in ("kind", "over"), (definition["title"], name)
+        assert definition["description"]
 
 
 ARRAYS = {

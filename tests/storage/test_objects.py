@@ -1,12 +1,19 @@
 import multiprocessing
 import os
+import pickle
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
 
-from storage_schemas.errors import StorageError, UnusableStore
+from storage_schemas.errors import (
+    ConfigMismatch,
+    DamageError,
+    LayoutMismatch,
+    StorageError,
+    UnusableStore,
+)
 from storage_schemas.objects import ObjectStore, redact_url
 
 
@@ -115,6 +122,44 @@ def test_a_read_only_file_system_is_the_callers_mistake(
 def test_an_unknown_scheme_lists_the_known_ones() -> None:
     with pytest.raises(UnusableStore, match=r"'s4'.*known are local paths and .*memory.*s3"):
         ObjectStore("s4://bucket/run")
+
+
+def test_replacing_an_object_leaves_those_who_read_the_old_one_alone(tmp_path: Path) -> None:
+    objects = ObjectStore(str(tmp_path))
+    objects.write("a", b"old")
+    with (tmp_path / "a").open("rb") as reader:
+        objects.write("a", b"new")
+        assert reader.read() == b"old"
+    assert objects.read("a") == b"new"
+
+
+def test_passwords_in_urls_are_refused_and_not_shown() -> None:
+    with pytest.raises(UnusableStore, match=r"ftp://\*\*\*@host/run holds a password") as error:
+        ObjectStore("ftp://me:hunter2@host/run")
+    assert "hunter2" not in str(error.value)
+
+
+def test_storage_options_are_neither_shown_nor_passed_on() -> None:
+    objects = ObjectStore("memory://a", {"token": "hunter2"})
+    assert "hunter2" not in repr(objects)
+    with pytest.raises(TypeError, match="storage options") as error:
+        pickle.dumps(objects)
+    assert "hunter2" not in str(error.value)
+    assert pickle.loads(pickle.dumps(ObjectStore("memory://a"))).url == "memory://a"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DamageError("path", "problem"),
+        ConfigMismatch.at("url", ["a: 1 -> 2"]),
+        LayoutMismatch.at("path", {"a": (1, 2)}),
+        UnusableStore("message"),
+    ],
+)
+def test_errors_reach_other_processes(error: Exception) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from tests.storage.tiny_run import (
     make_block,
     make_blocks,
     make_config,
+    resume_run,
 )
 
 
@@ -171,6 +172,17 @@ def test_a_sealed_store_takes_the_same_numbers_only(tmp_path: object, small_shar
     with pytest.raises(BadObservations, match="observations"):
         store.write_observations(make_blocks(samples=SAMPLES - 1), x_shape=X_SHAPE)
     assert store.objects.read_many(store.objects.list()) == before
+
+
+def test_a_run_keeps_the_observations_that_it_was_computed_from(tmp_path: object) -> None:
+    store = resume_run(f"{tmp_path}/run")
+    seal = store.observations_manifest()
+    assert seal is not None
+    store.objects.delete("observations.json")
+    with pytest.raises(BadObservations, match="not those that this run was computed from"):
+        store.write_observations(make_blocks(samples=SAMPLES - 1), x_shape=X_SHAPE)
+    assert not store.has_observations()
+    assert store.write_observations(make_blocks(), x_shape=X_SHAPE).data_digest == seal.data_digest
 
 
 def test_damage_is_found_at_reading_and_repaired_by_writing(
