@@ -1,9 +1,8 @@
 """DiffEM's mathematics (arXiv 2510.12691): channels, denoisers, samplers, posteriors, EM steps.
 
-    E-step:   x_hat_i ~ q_theta(x | y_i)                                    for every observation
-    M-step:   theta <- argmin E lambda_t || f_theta(x_hat_i + sigma_t z, sigma_t, y_tilde) -
-    x_hat_i ||^2,
-              y_tilde ~ Q(. | x_hat_i)
+    E-step:   x_hat_i ~ q_theta(x | y_i)                                   for every observation
+    M-step:   theta <- argmin E lambda_t || f_theta(x_t, sigma_t, y_tilde) - x_hat_i ||^2
+              y_tilde ~ Q(. | x_hat_i),      x_t = x_hat_i + sigma_t z
 
 Public names are imported from their modules when they are first used, so that importing the
 package costs nothing.
@@ -17,10 +16,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffem_core.augmentation import Augmentation
     from diffem_core.channel import Channel, RandomMask, RandomMatrix
     from diffem_core.classifier import DigitClassifier
     from diffem_core.denoiser import Denoiser
     from diffem_core.e_step import e_step
+    from diffem_core.em import EMIteration, em
     from diffem_core.gaussian import (
         GaussianPosterior,
         GaussianPrior,
@@ -41,7 +42,18 @@ if TYPE_CHECKING:
     from diffem_core.monitors import ObservationDivergence, observation_divergence
     from diffem_core.networks import MLP, SinusoidalEmbedding, UNet
     from diffem_core.noise import SampleNoise
-    from diffem_core.posterior import DiffusionPosterior, Posterior
+    from diffem_core.physics_channels import (
+        PhysicsChannel,
+        accelerated_mri,
+        compressed_sensing,
+        denoising,
+        gaussian_blur,
+        jpeg,
+        poisson,
+        quantization,
+        super_resolution,
+    )
+    from diffem_core.posterior import DiffusionPosterior, DiffusionPrior, Posterior, PseudoInverse
     from diffem_core.rates import constant_rate, cosine_rate, linear_rate
     from diffem_core.samplers import (
         Denoise,
@@ -55,10 +67,32 @@ if TYPE_CHECKING:
     from diffem_core.scaling import Scaling
     from diffem_core.schedule import VELogLinear
     from diffem_core.seeds import derive_seed, seeded_initialization
-    from diffem_core.times import BetaTime, LogNormalTime, TimeDistribution, UniformTime
+    from diffem_core.times import (
+        BetaMixtureTime,
+        BetaTime,
+        LogNormalTime,
+        TimeDistribution,
+        UniformTime,
+    )
     from diffem_core.training import TrainingState
 
 _MODULES = {
+    "physics_channels": (
+        "PhysicsChannel",
+        "accelerated_mri",
+        "compressed_sensing",
+        "denoising",
+        "gaussian_blur",
+        "jpeg",
+        "poisson",
+        "quantization",
+        "super_resolution",
+    ),
+    "em": (
+        "EMIteration",
+        "em",
+    ),
+    "augmentation": ("Augmentation",),
     "channel": ("Channel", "RandomMask", "RandomMatrix"),
     "classifier": ("DigitClassifier",),
     "denoiser": ("Denoiser",),
@@ -78,7 +112,7 @@ _MODULES = {
     "monitors": ("ObservationDivergence", "observation_divergence"),
     "networks": ("MLP", "SinusoidalEmbedding", "UNet"),
     "noise": ("SampleNoise",),
-    "posterior": ("DiffusionPosterior", "Posterior"),
+    "posterior": ("DiffusionPosterior", "DiffusionPrior", "Posterior", "PseudoInverse"),
     "rates": ("constant_rate", "cosine_rate", "linear_rate"),
     "samplers": (
         "Denoise",
@@ -92,26 +126,32 @@ _MODULES = {
     "scaling": ("Scaling",),
     "schedule": ("VELogLinear",),
     "seeds": ("derive_seed", "seeded_initialization"),
-    "times": ("BetaTime", "LogNormalTime", "TimeDistribution", "UniformTime"),
+    "times": ("BetaMixtureTime", "BetaTime", "LogNormalTime", "TimeDistribution", "UniformTime"),
     "training": ("TrainingState",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "MLP",
+    "Augmentation",
+    "BetaMixtureTime",
     "BetaTime",
     "Channel",
     "Denoise",
     "Denoiser",
     "DiffusionPosterior",
+    "DiffusionPrior",
     "DigitClassifier",
+    "EMIteration",
     "GaussianPosterior",
     "GaussianPrior",
     "LogNormalTime",
     "MMPSPosterior",
     "MStepResult",
     "ObservationDivergence",
+    "PhysicsChannel",
     "Posterior",
+    "PseudoInverse",
     "RandomMask",
     "RandomMatrix",
     "SampleNoise",
@@ -123,18 +163,24 @@ __all__ = [
     "UNet",
     "UniformTime",
     "VELogLinear",
+    "accelerated_mri",
+    "compressed_sensing",
     "conjugate_gradients",
     "constant_rate",
     "cosine_rate",
     "ddim",
     "ddpm",
+    "denoising",
     "denoising_loss",
     "derive_seed",
     "dpm_solver",
     "e_step",
+    "em",
     "fit_gaussian_prior",
     "frechet_distance",
+    "gaussian_blur",
     "heun",
+    "jpeg",
     "karras_grid",
     "linear_rate",
     "log_likelihood",
@@ -143,12 +189,15 @@ __all__ = [
     "masked_rmse",
     "mmps_denoise",
     "observation_divergence",
+    "poisson",
     "predictor_corrector",
     "psnr",
+    "quantization",
     "rmse",
     "seeded_initialization",
     "sinkhorn_divergence",
     "sliced_wasserstein",
+    "super_resolution",
 ]
 
 

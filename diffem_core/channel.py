@@ -33,6 +33,7 @@ __all__ = [
     "RandomMask",
     "RandomMatrix",
     "UnitRowGenerator",
+    "gaussian_noise",
 ]
 
 Params = Mapping[str, Tensor]
@@ -43,7 +44,7 @@ class Channel(ABC):
 
     Arguments:
         physics: The deepinv operator with its noise model.
-        generator: The deepinv generator of its per-sample parameters.
+        generator: The deepinv generator of its per-sample parameters; None if it has none.
         x_shape: Shape of one clean sample.
         y_shape: Shape of one observation.
         params_spec: Shape of one sample's parameters, by the names that the physics knows them by.
@@ -64,7 +65,7 @@ class Channel(ABC):
         self,
         *,
         physics: Physics,
-        generator: PhysicsGenerator,
+        generator: PhysicsGenerator | None,
         x_shape: tuple[int, ...],
         y_shape: tuple[int, ...],
         params_spec: Mapping[str, tuple[int, ...]],
@@ -108,6 +109,8 @@ class Channel(ABC):
         Returns:
             Tensors of shape (n, *params_spec[name]) by name.
         """
+        if self.generator is None:
+            return {}
         self.generator.rng = generator
         params: dict[str, Tensor] = self.generator.step(batch_size=n)
         return {name: params[name] for name in self.params_spec}
@@ -161,8 +164,8 @@ class Channel(ABC):
         """Return which entries of x are observed, where A only selects entries.
 
         Returns:
-            Booleans of shape (n, D), with D the number of entries of x and of y, or
-            None for any other operator.
+            Booleans of shape (n, D), with D the number of entries of x and of y, or None for any
+            other operator.
         """
         return None
 
@@ -174,16 +177,18 @@ class Channel(ABC):
             dtype: Type of the result.
 
         Returns:
-            Matrices of shape (n, M, D), with D entries of x and M entries of y.
+            Matrices of shape (n, M, D), with D entries of x and M entries of y; of shape
+            (1, M, D) where the operator is the same for all samples.
 
         Raises:
             ValueError: The operator is not linear.
         """
         if not self.linear:
             raise ValueError(f"{type(self).__name__} is not linear: it has no matrix")
-        n = _count(params)
+        n = len(next(iter(params.values()))) if params else 1
         size = math.prod(self.x_shape)
-        basis = torch.eye(size, dtype=dtype, device=_device(params)).reshape(size, *self.x_shape)
+        device = next(iter(params.values())).device if params else torch.device("cpu")
+        basis = torch.eye(size, dtype=dtype, device=device).reshape(size, *self.x_shape)
         repeated = {k: v.repeat_interleave(size, dim=0) for k, v in params.items()}
         columns = self.A(basis.repeat(n, *[1] * len(self.x_shape)), repeated)
         return columns.reshape(n, size, -1).mT
@@ -229,7 +234,7 @@ class RandomMask(Channel):
             raise ValueError(f"RandomMask received keep {keep}; give a probability in (0, 1]")
         _, height, width = x_shape
         super().__init__(
-            physics=Inpainting(img_size=tuple(x_shape), noise_model=_gaussian(noise_std)),
+            physics=Inpainting(img_size=tuple(x_shape), noise_model=gaussian_noise(noise_std)),
             generator=BernoulliMaskGenerator((height, width), keep=keep),
             x_shape=x_shape,
             y_shape=x_shape,
@@ -275,7 +280,7 @@ class RandomMatrix(Channel):
                 f"{dimension}"
             )
         super().__init__(
-            physics=MatrixPhysics(noise_model=_gaussian(noise_std)),
+            physics=MatrixPhysics(noise_model=gaussian_noise(noise_std)),
             generator=UnitRowGenerator(rows, dimension),
             x_shape=(dimension,),
             y_shape=(rows,),
@@ -392,15 +397,8 @@ class MatrixPhysics(LinearPhysics):  # type: ignore[misc]
         return x
 
 
-def _gaussian(noise_std: float) -> Any:
+def gaussian_noise(noise_std: float) -> Any:
+    """Build the deepinv model of Gaussian noise, or of none."""
     if not 0 <= noise_std < math.inf:
         raise ValueError(f"channel received noise_std {noise_std}; give a finite number >= 0")
     return GaussianNoise(noise_std) if noise_std > 0 else ZeroNoise()
-
-
-def _count(params: Params) -> int:
-    return len(next(iter(params.values())))
-
-
-def _device(params: Params) -> torch.device:
-    return next(iter(params.values())).device

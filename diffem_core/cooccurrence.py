@@ -2,8 +2,7 @@
 
 A Gaussian prior fits the mean and the covariance of the observations, so that a distance that
 looks at these (or at projections, which a few hundred observations determine poorly) does not tell
-its
-samples from the truth. The joint histogram of two neighbouring pixels does, and it can be
+its samples from the truth. The joint histogram of two neighbouring pixels does, and it can be
 estimated wherever both are seen:
 
     p_d(u, v) = share of pairs (i, i + d), both seen, with levels u at i and v at i + d
@@ -69,8 +68,7 @@ def cooccurrence_divergence(
         if x.ndim != 4 or x.shape != seen.shape:
             raise ValueError(
                 f"`{name}` has shape {tuple(x.shape)} and its mask {tuple(seen.shape)}; give "
-                "images "
-                "(n, C, H, W) and a mask of the same shape"
+                "images (n, C, H, W) and a mask of the same shape"
             )
     ours = pair_histograms(a, seen_a, levels=levels, half_width=half_width, blocks=_BLOCKS)
     theirs = pair_histograms(b, seen_b, levels=levels, half_width=half_width).sum(0)

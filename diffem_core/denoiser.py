@@ -4,11 +4,10 @@ Around a network F:
 
     f = c_skip x_t + c_out F(c_in x_t, c_noise, y)
     c_skip = s^2 / (sigma^2 + s^2)      c_out = sigma s / sqrt(sigma^2 + s^2)
-    c_in = 1 / sqrt(sigma^2 + s^2)      c_noise = log sigma                      (s: standard
-    deviation of the data)
+    c_in = 1 / sqrt(sigma^2 + s^2)      c_noise = log sigma
 
-One class serves conditional and unconditional use: a network that needs the observation takes it
-as an argument.
+with s the standard deviation of the data. One class serves conditional and unconditional use: a
+network that needs the observation takes it as an argument.
 
 References:
     Karras et al. 2022 (EDM, arXiv 2206.00364), table 1 and equation 7.
@@ -82,7 +81,6 @@ class Denoiser(nn.Module):
         if output.shape != x_t.shape:
             raise ValueError(
                 f"the network returned shape {tuple(output.shape)} for samples of shape "
-                f"{tuple(x_t.shape)}; "
-                "a denoiser's network keeps the shape (check out_channels)"
+                f"{tuple(x_t.shape)}; a denoiser's network keeps the shape (check out_channels)"
             )
         return torch.addcmul(c_skip * x_t, c_out, output.to(x_t.dtype))

@@ -76,7 +76,6 @@ def _refuse_non_finite(x: Tensor, start: int) -> None:
         bad = (start + (~finite).nonzero().flatten()).tolist()
         raise FloatingPointError(
             f"{len(bad)} reconstructions are not finite (observations "
-            f"{bad[:8]}{'...' if len(bad) > 8 else ''} of "
-            "this call); the model has diverged: lower the learning rate, or start again from an "
-            "earlier iteration"
+            f"{bad[:8]}{'...' if len(bad) > 8 else ''} of this call); the model has diverged: "
+            "lower the learning rate, or start again from an earlier iteration"
         )

@@ -87,8 +87,7 @@ def fit_gaussian_prior(
     if not channel.selects:
         raise ValueError(
             f"{type(channel).__name__} does not just select entries, so its Gaussian start has no "
-            "low-rank form; "
-            "leave rank unset for a full covariance"
+            "low-rank form; leave rank unset for a full covariance"
         )
     return fit_factors(
         y,
@@ -121,7 +120,7 @@ def log_likelihood(
     systems = Systems.of(prior, channel)
     total = 0.0
     for rows in systems.chunks(len(y)):
-        system = systems.build(rows_of(params, rows))
+        system = systems.build(rows_of(params, rows), len(y[rows]))
         total += float(system.log_density(system.residual(y[rows], prior.mean)).sum())
     return total / len(y)
 
@@ -142,8 +141,7 @@ class GaussianPosterior:
         if len(prior.mean) != math.prod(channel.x_shape):
             raise ValueError(
                 f"the prior has {len(prior.mean)} dimensions but the channel's samples have shape "
-                f"{channel.x_shape}; "
-                "fit the prior with this channel"
+                f"{channel.x_shape}; fit the prior with this channel"
             )
         self.prior = prior
         self.channel = channel
@@ -153,7 +151,7 @@ class GaussianPosterior:
         """Compute E[x | y], of shape (n, *x_shape), in the data's units and the type of y."""
         parts = []
         for rows in self._systems.chunks(len(y)):
-            system = self._systems.build(rows_of(params, rows))
+            system = self._systems.build(rows_of(params, rows), len(y[rows]))
             parts.append(self.prior.mean + system.gain(system.residual(y[rows], self.prior.mean)))
         return torch.cat(parts).reshape(len(y), *self.channel.x_shape).to(y.dtype)
 
@@ -179,7 +177,7 @@ class GaussianPosterior:
             x = prior.mean + noise.normal((prior.factor.shape[1],)) @ prior.factor.mT
             x = x + noise.normal((len(prior.mean),)) * prior.diag.sqrt()
             e = noise.normal(self.channel.y_shape).flatten(1) * math.sqrt(self._systems.variance)
-            system = self._systems.build(rows_of(params, rows))
+            system = self._systems.build(rows_of(params, rows), len(y[rows]))
             parts.append(x + system.gain(system.residual(y[rows].flatten(1) - e, x)))
         return torch.cat(parts).reshape(len(y), *self.channel.x_shape).to(y.dtype)
 
@@ -200,7 +198,7 @@ def _fit_full(
         log_density = 0.0
         systems = Systems(channel, variance=variance, covariance=covariance)
         for rows in systems.chunks(n):
-            system = systems.build(rows_of(params, rows))
+            system = systems.build(rows_of(params, rows), len(y[rows]))
             residual = system.residual(y[rows], mean)
             log_density += float(system.log_density(residual).sum())
             a = system.weights(residual)

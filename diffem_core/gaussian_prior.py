@@ -31,8 +31,8 @@ class GaussianPrior:
         if self.factor.ndim != 2 or len(self.factor) != size or self.diag.shape != (size,):
             raise ValueError(
                 f"GaussianPrior received mean {tuple(self.mean.shape)}, factor "
-                f"{tuple(self.factor.shape)} and diag "
-                f"{tuple(self.diag.shape)}; give (D,), (D, R) and (D,)"
+                f"{tuple(self.factor.shape)} and diag {tuple(self.diag.shape)}; give (D,), (D, R) "
+                "and (D,)"
             )
 
     def covariance(self) -> Tensor:

@@ -129,6 +129,39 @@ class _DenseSystem:
         )
 
 
+class _SharedSystem:
+    """G for an operator that is the same for all samples: one factorization serves all."""
+
+    def __init__(self, covariance: Tensor, variance: float, matrix: Tensor) -> None:
+        self.covariance = covariance
+        self.matrix = matrix.to(covariance.device)
+        self.count = 0
+        gram = self.matrix @ covariance @ self.matrix.mT
+        gram.diagonal().add_(variance)
+        self.cholesky = torch.linalg.cholesky(gram)
+
+    def residual(self, y: Tensor, x: Tensor) -> Tensor:
+        return y.flatten(1).to(x.dtype) - x @ self.matrix.mT
+
+    def weights(self, residual: Tensor) -> Tensor:
+        return torch.cholesky_solve(residual.mT, self.cholesky).mT @ self.matrix
+
+    def gain(self, residual: Tensor) -> Tensor:
+        return self.weights(residual) @ self.covariance
+
+    def information(self) -> Tensor:
+        white = torch.linalg.solve_triangular(self.cholesky, self.matrix, upper=False)
+        total: Tensor = self.count * (white.mT @ white)
+        return total
+
+    def log_density(self, residual: Tensor) -> Tensor:
+        white = torch.linalg.solve_triangular(self.cholesky, residual.mT, upper=False)
+        log_det = 2 * self.cholesky.diagonal().log().sum()
+        constant = log_det + residual.shape[1] * math.log(2 * math.pi)
+        density: Tensor = -0.5 * (white.square().sum(0) + constant)
+        return density
+
+
 class FactorSystem:
     """G_i for operators that select entries, solved in the space of the prior's factors.
 
@@ -204,6 +237,7 @@ class Systems:
         self.variance = variance
         self.covariance = covariance
         self.prior = prior
+        self._one: _SharedSystem | None = None
 
     @classmethod
     def of(cls, prior: GaussianPrior, channel: Channel) -> Self:
@@ -215,8 +249,10 @@ class Systems:
             return cls(channel, variance=variance, prior=prior)
         return cls(channel, variance=variance, covariance=prior.covariance())
 
-    def build(self, params: Mapping[str, Tensor]) -> System:
-        """Build the system of a batch of observations from its operator parameters."""
+    def build(self, params: Mapping[str, Tensor], n: int) -> System:
+        """Build the system of a batch of n observations from their operator parameters."""
+        if not self.channel.params_spec:
+            return self._shared(n)
         seen = self.channel.selection(params)
         if self.prior is not None:
             assert seen is not None
@@ -227,9 +263,19 @@ class Systems:
         matrix = self.channel.matrix(params, dtype=self.covariance.dtype)
         return _DenseSystem(self.covariance, self.variance, matrix)
 
+    def _shared(self, n: int) -> System:
+        assert self.covariance is not None
+        if self._one is None:
+            matrix = self.channel.matrix({}, dtype=self.covariance.dtype)[0]
+            self._one = _SharedSystem(self.covariance, self.variance, matrix)
+        self._one.count = n
+        return self._one
+
     def chunks(self, n: int) -> Iterator[slice]:
         """Split n observations so that the largest temporary stays within its bound."""
         m, d = math.prod(self.channel.y_shape), math.prod(self.channel.x_shape)
+        if not self.channel.params_spec:
+            return blocks(n, max(m, d))
         if self.prior is not None:
             return blocks(n, max(d, self.prior.factor.shape[1] ** 2))
         return blocks(n, m * max(m, d))

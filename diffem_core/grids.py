@@ -2,8 +2,8 @@
 
 A grid of `steps` calls has `steps + 1` entries: the noise level of every call, from `sigma_max`
 down to `sigma_min`, and a last 0. The step to 0 returns the denoiser's own estimate at
-`sigma_min`, so that the number of entries before the last is
-the number of network calls, and `sigma_min` is the noise level of the last one.
+`sigma_min`, so that the number of entries before the last is the number of network calls, and
+`sigma_min` is the noise level of the last one.
 """
 
 from __future__ import annotations

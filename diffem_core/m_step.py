@@ -1,8 +1,9 @@
 """The M-step: refine the denoiser on the reconstructions, re-corrupted by the channel.
 
-    theta <- argmin E_{i, y_tilde ~ Q(. | x_hat_i), t, z}  lambda_t || f(x_hat_i + sigma_t z,
-    sigma_t, y_tilde) - x_hat_i ||^2 lambda_t = 1 / sigma_t^2 + 1      (squared norm: the mean over
-    entries)
+    theta <- argmin E lambda_t || f_theta(x_t, sigma_t, y_tilde) - x_hat_i ||^2
+    y_tilde ~ Q(. | x_hat_i),      x_t = x_hat_i + sigma_t z,      lambda_t = 1 / sigma_t^2 + 1
+
+(The squared norm is the mean over entries.)
 
 Step k draws everything (samples, operators, noises, times, dropout) from a generator seeded with
 (seed, k), so that an M-step that is interrupted and goes on from a `TrainingState` ends with the
@@ -12,13 +13,14 @@ same bits as one that is not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from diffem_core.augmentation import Augmentation
 from diffem_core.denoiser import Denoiser
 from diffem_core.networks.dropout import Dropout
 from diffem_core.scaling import Scaling
@@ -85,7 +87,7 @@ def denoising_loss(
 def m_step(
     denoiser: Denoiser,
     x_hat: Tensor,
-    channel: Channel,
+    channel: Channel | None,
     scaling: Scaling,
     schedule: VELogLinear,
     times: TimeDistribution,
@@ -95,12 +97,15 @@ def m_step(
     learning_rate: Callable[[int], float],
     ema_decay: float,
     clip_norm: float,
+    adam_betas: tuple[float, float] = (0.9, 0.999),
     recorruption: Literal["fresh", "fixed"] = "fresh",
+    augmentation: Augmentation | None = None,
+    drop_condition: float = 0.0,
     seed: int,
     state: TrainingState | None = None,
     on_step: Callable[[TrainingState], None] | None = None,
 ) -> MStepResult:
-    """Train a conditional denoiser on reconstructions.
+    """Train a denoiser on reconstructions.
 
     Afterwards it holds the averaged weights and is in evaluation mode.
 
@@ -109,7 +114,7 @@ def m_step(
             start anew.
         x_hat: Reconstructions of shape (n, *x_shape), in the data's units; batches go through all
             of them in a new order at each pass.
-        channel: The channel that re-corrupts them.
+        channel: The channel that re-corrupts them; None to train an unconditional denoiser.
         scaling: The change to network units.
         schedule: Noise level as a function of time.
         times: Distribution of the training times.
@@ -118,8 +123,12 @@ def m_step(
         learning_rate: Learning rate by step, from 0.
         ema_decay: Decay of the weights' moving average.
         clip_norm: Largest norm of a gradient.
+        adam_betas: Decays of Adam's first and second moments, in [0, 1).
         recorruption: Corrupt afresh in every batch, or once per reconstruction and M-step as in
             the paper.
+        augmentation: Random changes of the reconstructions before they are corrupted.
+        drop_condition: Probability that a sample's condition is replaced by zeros, so that the
+            denoiser learns the prior as well, in [0, 1).
         seed: Seed of the whole M-step.
         state: State of this same M-step after some of its steps, to go on from.
         on_step: Called after every step with a live view of the state, for progress and
@@ -137,8 +146,17 @@ def m_step(
         DiffEM (arXiv 2510.12691), algorithm 1 and equation of the M-step.
     """
     _check(x_hat, channel, steps=steps, batch_size=batch_size, recorruption=recorruption)
+    if not 0 <= drop_condition < 1:
+        raise ValueError(
+            f"m_step received drop_condition {drop_condition}; give a number in [0, 1)"
+        )
+    if augmentation is not None and recorruption == "fixed":
+        raise ValueError(
+            "m_step received an augmentation with recorruption 'fixed', under which observations "
+            "would no longer belong to the images; take 'fresh'"
+        )
     device = next(denoiser.parameters()).device
-    optimizer = FlatAdam(denoiser, clip_norm=clip_norm, ema_decay=ema_decay)
+    optimizer = FlatAdam(denoiser, clip_norm=clip_norm, ema_decay=ema_decay, betas=adam_betas)
     done, losses = 0, torch.zeros(2, dtype=torch.float64, device=device)
     if state is not None:
         if state.step > steps:
@@ -146,7 +164,9 @@ def m_step(
         optimizer.load(state)
         done = state.step
         losses.copy_(state.losses)
-    fixed = _corrupt_all(x_hat, channel, seed) if recorruption == "fixed" else None
+    examples = _Examples(x_hat, channel, scaling, augmentation, drop_condition)
+    if recorruption == "fixed":
+        examples.fix(seed)
     batches = _Batches(len(x_hat), batch_size, seed)
     generator = torch.Generator(device)
     for module in denoiser.modules():
@@ -159,17 +179,8 @@ def m_step(
     try:
         for step in range(done, steps):
             generator.manual_seed(derive_seed(seed, "m_step", step))
-            rows = batches.rows(step)
-            x = x_hat[rows].to(device)
             with torch.no_grad():
-                if fixed is None:
-                    params = channel.draw_params(len(x), generator=generator)
-                    y_tilde = channel.corrupt(x, params, generator=generator)
-                else:
-                    y_tilde = fixed[0][rows].to(device)
-                    params = {name: value[rows].to(device) for name, value in fixed[1].items()}
-                condition = channel.condition(y_tilde, params, scaling)
-                x = scaling.to_network(x)
+                x, condition = examples.draw(batches.rows(step), generator)
                 z = torch.empty_like(x).normal_(generator=generator)
                 t = times.sample(len(x), schedule=schedule, generator=generator, device=device)
                 sigma_t = schedule.sigma(t)
@@ -199,6 +210,60 @@ def m_step(
         steps=steps,
         state=final,
     )
+
+
+class _Examples:
+    """Makes what the denoiser learns from: reconstructions in network units, and conditions."""
+
+    def __init__(
+        self,
+        x_hat: Tensor,
+        channel: Channel | None,
+        scaling: Scaling,
+        augmentation: Augmentation | None,
+        drop_condition: float,
+    ) -> None:
+        self.x_hat = x_hat
+        self.channel = channel
+        self.scaling = scaling
+        self.augmentation = augmentation
+        self.drop_condition = drop_condition
+        self._fixed: tuple[Tensor, dict[str, Tensor]] | None = None
+
+    def fix(self, seed: int) -> None:
+        """Corrupt every reconstruction once, in blocks with seeds of their own."""
+        if self.channel is None:
+            return
+        ys, all_params = [], []
+        for number, x in enumerate(torch.split(self.x_hat, _FIXED_BLOCK)):
+            generator = torch.Generator(x.device)
+            generator.manual_seed(derive_seed(seed, "recorruption", number))
+            params = self.channel.draw_params(len(x), generator=generator)
+            ys.append(self.channel.corrupt(x, params, generator=generator))
+            all_params.append(params)
+        joined = {name: torch.cat([p[name] for p in all_params]) for name in all_params[0]}
+        self._fixed = torch.cat(ys), joined
+
+    def draw(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Make the examples of some rows, on the generator's device."""
+        device = generator.device
+        x = self.x_hat[rows].to(device)
+        if self.augmentation is not None:
+            x = self.augmentation(x, generator=generator)
+        condition = None
+        if self.channel is not None:
+            if self._fixed is None:
+                params = self.channel.draw_params(len(x), generator=generator)
+                y_tilde = self.channel.corrupt(x, params, generator=generator)
+            else:
+                y_tilde = self._fixed[0][rows].to(device)
+                params = {name: v[rows].to(device) for name, v in self._fixed[1].items()}
+            condition = self.channel.condition(y_tilde, params, self.scaling)
+            if self.drop_condition > 0:
+                shape = (len(x), *[1] * (condition.ndim - 1))
+                u = torch.rand(shape, generator=generator, device=device)
+                condition = condition * (u >= self.drop_condition)
+        return self.scaling.to_network(x), condition
 
 
 class _Batches:
@@ -247,38 +312,21 @@ class _Watch:
             if not (math.isfinite(value) and math.isfinite(gradient)):
                 raise FloatingPointError(
                     f"M-step diverged at step {number}: loss {value}, gradient norm {gradient}, "
-                    "noise levels from "
-                    f"{low:.3g} to {high:.3g}; lower the learning rate, clip harder, or raise "
-                    "schedule.sigma_min"
+                    f"noise levels from {low:.3g} to {high:.3g}; lower the learning rate, clip "
+                    "harder, or raise schedule.sigma_min"
                 )
         self._steps, self._values = [], []
 
 
-def _corrupt_all(
-    x_hat: Tensor, channel: Channel, seed: int
-) -> tuple[Tensor, Mapping[str, Tensor]]:
-    ys, all_params = [], []
-    for number, start in enumerate(range(0, len(x_hat), _FIXED_BLOCK)):
-        x = x_hat[start : start + _FIXED_BLOCK]
-        generator = torch.Generator(x.device).manual_seed(
-            derive_seed(seed, "recorruption", number)
-        )
-        params = channel.draw_params(len(x), generator=generator)
-        ys.append(channel.corrupt(x, params, generator=generator))
-        all_params.append(params)
-    joined = {name: torch.cat([p[name] for p in all_params]) for name in all_params[0]}
-    return torch.cat(ys), joined
-
-
 def _check(
-    x_hat: Tensor, channel: Channel, *, steps: int, batch_size: int, recorruption: str
+    x_hat: Tensor, channel: Channel | None, *, steps: int, batch_size: int, recorruption: str
 ) -> None:
-    if tuple(x_hat.shape[1:]) != channel.x_shape or len(x_hat) == 0:
+    if len(x_hat) == 0:
+        raise ValueError("m_step received no reconstructions; give at least one")
+    if channel is not None and tuple(x_hat.shape[1:]) != channel.x_shape:
         raise ValueError(
             f"m_step received reconstructions of shape {tuple(x_hat.shape)} but the channel's "
-            "samples have shape "
-            f"{channel.x_shape}; give at least one, of shape (n, "
-            f"{', '.join(map(str, channel.x_shape))})"
+            f"samples have shape {channel.x_shape}; reshape them or build the channel for theirs"
         )
     if steps < 1 or batch_size < 1:
         raise ValueError(

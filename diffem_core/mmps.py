@@ -7,8 +7,8 @@ distribution of x given x_t is approximated by a Gaussian of mean f(x_t) and cov
 
 with J = df / dx_t. V is sigma_t^2 J, the exact covariance by Tweedie's formula, or the covariance
 of x given x_t under a Gaussian prior of x, sigma_t^2 I - sigma_t^4 (S + sigma_t^2 I)^-1 (the
-`cov_x` heuristic: cheaper, and regular). The system
-is solved by conjugate gradients, in which every sample has step lengths of its own.
+`cov_x` heuristic: cheaper, and regular). The system is solved by conjugate gradients, in which
+every sample has step lengths of its own.
 
 References:
     Rozet et al. 2024 (arXiv 2405.13712), section 4, equations 10 to 16.
@@ -161,8 +161,7 @@ class MMPSPosterior:
         if not channel.linear or channel.noise_std is None:
             raise ValueError(
                 f"MMPS needs a linear channel with Gaussian noise, but {type(channel).__name__} "
-                "is "
-                "not; use a conditional denoiser (DiffEM) instead"
+                "is not; use a conditional denoiser (DiffEM) instead"
             )
         if iterations < 1:
             raise ValueError(f"MMPS received {iterations} iterations; give at least 1")

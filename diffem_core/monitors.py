@@ -2,8 +2,7 @@
 
 Reconstructions of one half of the data are corrupted again and compared with held-out observations
 that the model has not seen. If the learned prior were the true one, both would have the same
-distribution, and the divergence would be that of two
-samples of true observations (its floor).
+distribution, and the divergence would be that of two samples of true observations (its floor).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from diffem_core.scaling import Scaling
 if TYPE_CHECKING:
     from diffem_core.channel import Channel
 
-__all__ = ["DiffusionPosterior", "Posterior"]
+__all__ = ["DiffusionPosterior", "DiffusionPrior", "Posterior", "PseudoInverse"]
 
 
 class Posterior(Protocol):
@@ -90,3 +90,83 @@ class DiffusionPosterior:
         noise = SampleNoise(seeds, device=device, dtype=torch.float32, scale=temperature)
         x = self.sampler(denoise, noise=noise, shape=self.channel.x_shape)
         return self.scaling.to_data(x).to(y.device)
+
+
+class DiffusionPrior:
+    """The prior that a denoiser has learned.
+
+    Arguments:
+        denoiser: An unconditional denoiser, or a conditional one that was trained with dropped
+            conditions.
+        scaling: The change between the data's and the network's units.
+        sampler: A sampler with its grid bound.
+        x_shape: Shape of one sample.
+        condition_channels: Channels of the condition, which is 0 throughout; 0 for an
+            unconditional denoiser.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        scaling: Scaling,
+        sampler: Sampler,
+        *,
+        x_shape: Sequence[int],
+        condition_channels: int = 0,
+    ) -> None:
+        self.denoiser = denoiser
+        self.scaling = scaling
+        self.sampler = sampler
+        self.x_shape = tuple(x_shape)
+        self.condition_channels = condition_channels
+
+    @torch.inference_mode()
+    def sample(self, *, seeds: Sequence[int]) -> Tensor:
+        """Draw samples of the prior.
+
+        Arguments:
+            seeds: One seed per sample.
+
+        Returns:
+            Samples of shape (n, *x_shape), in the data's units, on the denoiser's device.
+        """
+        device = next(self.denoiser.parameters()).device
+        condition = None
+        if self.condition_channels:
+            shape = (len(seeds), self.condition_channels, *self.x_shape[1:])
+            condition = torch.zeros(shape, device=device)
+        self.denoiser.eval()
+
+        def denoise(x_t: Tensor, sigma: Tensor) -> Tensor:
+            estimate: Tensor = self.denoiser(x_t, sigma, condition)
+            return estimate
+
+        noise = SampleNoise(seeds, device=device)
+        return self.scaling.to_data(self.sampler(denoise, noise=noise, shape=self.x_shape))
+
+
+class PseudoInverse:
+    """The simplest first E-step: A_dagger y, whatever the seeds.
+
+    Arguments:
+        channel: A linear channel.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        if not channel.linear:
+            raise ValueError(
+                f"A_dagger y needs a linear channel, but {type(channel).__name__} is not; choose "
+                "another start"
+            )
+        self.channel = channel
+
+    def sample(
+        self,
+        y: Tensor,
+        params: Mapping[str, Tensor],
+        *,
+        seeds: Sequence[int],
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Compute A_dagger y; see `Posterior.sample`."""
+        return self.channel.A_dagger(y, params)

@@ -2,8 +2,8 @@
 
 Each is a function of a denoiser `f(x_t, sigma_t) ~ E[x | x_t]` (which closes over the
 observation), a grid and a noise source. With the grids of `diffem_core.grids`, a sampler of
-`steps` steps calls the denoiser exactly `steps` times, and the
-last step, to noise level 0, returns the denoiser's estimate. Coefficients are computed in float64.
+`steps` steps calls the denoiser exactly `steps` times, and the last step, to noise level 0,
+returns the denoiser's estimate. Coefficients are computed in float64.
 """
 
 from __future__ import annotations
@@ -242,8 +242,7 @@ def predictor_corrector(
     if corrections < 0 or not 0 < tau < 1:
         raise ValueError(
             f"predictor_corrector received {corrections} corrections with tau {tau}; give "
-            "corrections >= 0 and "
-            "tau in (0, 1)"
+            "corrections >= 0 and tau in (0, 1)"
         )
     x, grid, levels = _begin(sigmas, noise, shape, x_start)
     for i, level in enumerate(levels[:-1]):

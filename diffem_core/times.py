@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffem_core.schedule import VELogLinear
 
-__all__ = ["BetaTime", "LogNormalTime", "TimeDistribution", "UniformTime"]
+__all__ = ["BetaMixtureTime", "BetaTime", "LogNormalTime", "TimeDistribution", "UniformTime"]
 
 _KNOTS = 4096
 
@@ -127,6 +127,41 @@ class BetaTime:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BetaMixtureTime:
+    """t from one of two Beta distributions.
+
+    The paper's manifold code takes Beta(2, 5) and Beta(5, 2) evenly.
+
+    Arguments:
+        first: The first distribution.
+        second: The second distribution.
+        weight: Probability of the first, in (0, 1).
+    """
+
+    first: BetaTime = field(default_factory=lambda: BetaTime(a=2.0, b=5.0))
+    second: BetaTime = field(default_factory=lambda: BetaTime(a=5.0, b=2.0))
+    weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < 1:
+            raise ValueError(f"BetaMixtureTime received weight {self.weight}; give one in (0, 1)")
+
+    def sample(
+        self,
+        n: int,
+        *,
+        schedule: VELogLinear,
+        generator: torch.Generator,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """Draw n times in [0, 1]; see `TimeDistribution.sample`."""
+        u = _strata(n, generator, device)
+        first = self.first.quantile((u / self.weight).clamp_max(1.0))
+        second = self.second.quantile(((u - self.weight) / (1 - self.weight)).clamp_min(0.0))
+        return torch.where(u < self.weight, first, second)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogNormalTime:
     """log sigma ~ N(mean, std^2), truncated to the schedule's range (EDM, table 1).
 
@@ -155,9 +190,8 @@ class LogNormalTime:
         if not high - low > 1e-6:
             raise ValueError(
                 f"LogNormalTime with mean {self.mean} and std {self.std} puts less than 1e-6 of "
-                "its mass into the "
-                f"schedule's range [{schedule.sigma_min}, {schedule.sigma_max}]; move the mean "
-                "into it"
+                f"its mass into the schedule's range [{schedule.sigma_min}, "
+                f"{schedule.sigma_max}]; move the mean into it"
             )
         u = low + (high - low) * _strata(n, generator, device).double()
         log_sigma = self.mean + self.std * torch.special.ndtri(u)

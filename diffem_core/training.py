@@ -70,8 +70,8 @@ class TrainingState:
         missing = {"step", "losses"} - tensors.keys()
         if missing:
             raise ValueError(
-                f"training state lacks {sorted(missing)}; it holds {sorted(tensors)[:6]}...; "
-                "give all tensors of one TrainingState.tensors()"
+                f"training state lacks {sorted(missing)}; it holds {sorted(tensors)[:6]}...; give "
+                "all tensors of one TrainingState.tensors()"
             )
         groups: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
@@ -173,8 +173,8 @@ class FlatAdam:
                     found = tuple(given[name].shape) if name in given else "nothing"
                     raise ValueError(
                         f"training state holds {found} for {group}/{name} where this network "
-                        "expects "
-                        f"{tuple(tensor.shape)}; resume with the network that wrote the state"
+                        f"expects {tuple(tensor.shape)}; resume with the network that wrote the "
+                        "state"
                     )
                 tensor.copy_(given[name])
 

@@ -393,6 +393,7 @@ def refine_model(
             learning_rate=build.build_learning_rate(bench.config, iteration),
             ema_decay=config.ema_decay,
             clip_norm=config.clip_norm,
+            adam_betas=config.adam_betas,
             recorruption=config.recorruption,
             seed=bench.seed("m_step", iteration),
             state=state,

@@ -69,6 +69,10 @@ __all__ = [
 ]
 
 
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+"""A number in [0, 1)."""
+
+
 # ------------------------------------------------------------------------------------------- data
 
 
@@ -438,6 +442,8 @@ class MStepConfig(Record):
     """Reconstructions per gradient step."""
     learning_rate: RateConfig = ConstantRate()
     """Learning rate of Adam and its course."""
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decays of Adam's first and second moments."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """Decay of the weights' moving average, which restarts with each iteration."""
     clip_norm: PositiveFloat = 1.0

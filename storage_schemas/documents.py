@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from storage_schemas._base import Record
-from storage_schemas.errors import DamageError
+from storage_schemas.errors import DamageError, SchemaMismatch
 from storage_schemas.migrations import migrated
 from storage_schemas.objects import ObjectStore
 
@@ -56,8 +56,8 @@ def decode_json(content: bytes, model: type[_Model], *, path: str) -> _Model:
         path: The document's path, for messages.
 
     Raises:
-        DamageError: If the document is not what was written, or does not fit the model.
-        NewerSchema: If it was written by a newer version of this package.
+        DamageError: If the document is not what was written.
+        SchemaMismatch: If it was written by another version, which this one cannot read.
     """
     try:
         data = json.loads(content)
@@ -72,7 +72,10 @@ def decode_json(content: bytes, model: type[_Model], *, path: str) -> _Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise DamageError(path, f"does not hold a {model.__name__}: {error}") from error
+        raise SchemaMismatch(
+            f"{path} is whole but does not hold what this version of diffem expects ({error}); "
+            "read it with the version that wrote the run (`code_version` in run.json)"
+        ) from error
 
 
 def read_json(objects: ObjectStore, path: str, model: type[_Model]) -> _Model | None:

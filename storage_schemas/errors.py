@@ -16,8 +16,8 @@ __all__ = [
     "DamageError",
     "IncompleteError",
     "LayoutMismatch",
-    "NewerSchema",
     "NotARun",
+    "SchemaMismatch",
     "StorageError",
     "UnusableStore",
 ]
@@ -35,8 +35,8 @@ class NotARun(StorageError):
     """The URL holds no run."""
 
 
-class NewerSchema(StorageError):
-    """The run was written by a newer version of this package."""
+class SchemaMismatch(StorageError):
+    """The run was written by another version of this package, which this one cannot read."""
 
 
 class BadObservations(StorageError):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from storage_schemas.errors import NewerSchema
+from storage_schemas.errors import SchemaMismatch
 
 __all__ = ["SCHEMA_VERSION", "migrated"]
 
@@ -33,13 +33,13 @@ def migrated(kind: str, data: dict[str, Any], *, path: str) -> dict[str, Any]:
         path: Where it comes from, for messages.
 
     Raises:
-        NewerSchema: If it was written by a newer version of this package.
+        SchemaMismatch: If it was written by a newer version of this package.
     """
     version = data.get("schema_version", SCHEMA_VERSION)
     if not isinstance(version, int):
         return data  # the model says what is wrong
     if version > SCHEMA_VERSION:
-        raise NewerSchema(
+        raise SchemaMismatch(
             f"{path} has schema version {version} but this version of diffem reads up to "
             f"{SCHEMA_VERSION}; install a newer diffem (pip install --upgrade diffem)"
         )

@@ -74,7 +74,9 @@ class ObjectStore:
                 f"{redact_url(url)} holds a password, but URLs are shown and stored; leave it out "
                 "and give it where the library of this store looks for it (environment, profile)"
             )
-        self.url = url.rstrip("/") or "/"
+        if not url:
+            raise UnusableStore("the URL is empty; give a path or a URL, such as runs/digits")
+        self.url = re.sub(r"(?<=[^:/])/+$", "", url)
         self._options = dict(storage_options or {})
         local = _local_path(self.url)
         self._backend: _Backend

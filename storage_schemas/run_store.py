@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from storage_schemas.config import RunConfig
-from storage_schemas.documents import create_json, read_json, write_json
+from storage_schemas.documents import create_json, decode_json, read_json, write_json
 from storage_schemas.errors import ConfigMismatch, DamageError, NotARun, UnusableStore
 from storage_schemas.integrity import is_whole
 from storage_schemas.iteration_store import IterationStore
@@ -38,6 +38,7 @@ from storage_schemas.observations import (
     write_observations,
 )
 from storage_schemas.provenance import collect_provenance
+from storage_schemas.reconstructions import COMMIT
 from storage_schemas.start_store import StartStore
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class RunStore:
 
         Raises:
             NotARun: If there is none.
-            NewerSchema: If it was written by a newer version of this package.
+            SchemaMismatch: If it was written by another version, which this one cannot read.
             DamageError: If `run.json` is damaged.
         """
         objects = _opened(url)
@@ -205,11 +206,15 @@ class RunStore:
         the model before it.
         """
         start = self.start().manifest()
+        if start is None:
+            return []
+        paths = [self.iteration(n).path(COMMIT) for n in self.iteration_numbers()]
+        contents = self.objects.read_many(paths)
         chain: list[IterationManifest] = []
-        parent = start.model_digest if start else None
-        while parent is not None:
-            manifest = self.iteration(len(chain)).manifest()
-            if manifest is None or manifest.parent_digest != parent:
+        parent = start.model_digest
+        while (path := self.iteration(len(chain)).path(COMMIT)) in contents:
+            manifest = decode_json(contents[path], IterationManifest, path=path)
+            if manifest.parent_digest != parent:
                 break
             chain.append(manifest)
             parent = manifest.model_digest

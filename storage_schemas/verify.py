@@ -22,9 +22,9 @@ from typing import TypeVar
 import numpy as np
 from pydantic import NonNegativeInt
 
-from storage_schemas import iteration_store, observations, start_store
+from storage_schemas import observations, reconstructions, start_store
 from storage_schemas._base import Record
-from storage_schemas.documents import read_json
+from storage_schemas.documents import decode_json, read_json
 from storage_schemas.errors import DamageError
 from storage_schemas.integrity import joined, problem_of
 from storage_schemas.iteration_store import IterationStore
@@ -144,7 +144,7 @@ def repair(store: RunStore, report: VerifyReport) -> list[str]:
             drop(joined("start", start_store.COMMIT))
         elif top == "iterations":
             folder = joined(top, rest.partition("/")[0])
-            drop(joined(folder, iteration_store.COMMIT))
+            drop(joined(folder, reconstructions.COMMIT))
     for fault in [*report.damaged, *report.orphaned]:
         if fault.path != RUN:
             drop(fault.path)
@@ -185,6 +185,7 @@ class _Check:
         self.bytes = 0
         self.named: set[str] = set()
         self.sizes: dict[str, int] = {}
+        self.contents: dict[str, bytes] = {}  # documents that were read ahead, together
 
     def run(self) -> None:
         objects = self.store.objects
@@ -255,7 +256,7 @@ class _Check:
         numbers = self.store.iteration_numbers()
         for number in range(max(numbers, default=-1) + 1):
             iteration = self.store.iteration(number)
-            path = iteration.path(iteration_store.COMMIT)
+            path = iteration.path(reconstructions.COMMIT)
             self.named.add(path)
             manifest = self._document(path, IterationManifest)
             if manifest is None:
@@ -273,7 +274,7 @@ class _Check:
     def _committed(
         self, iteration: IterationStore, manifest: IterationManifest, parent: str | None
     ) -> None:
-        path = iteration.path(iteration_store.COMMIT)
+        path = iteration.path(reconstructions.COMMIT)
         if parent is not None and manifest.parent_digest != parent:
             self._damage(path, "was computed from another model than the one before it")
         if manifest.config_digest != self.store.manifest.config_digest:
@@ -289,10 +290,11 @@ class _Check:
         self.named.update(contents)
         if contents:
             self._unfinished(iteration.prefix, "the iteration is not complete")
-        plan_path = iteration.path(iteration_store.PLAN)
+        plan_path = iteration.path(reconstructions.PLAN)
         plan = self._document(plan_path, ReconstructionsManifest)
         if plan is not None:
             self._compare(plan.objects, iteration.prefix)
+        self.contents = self.store.objects.read_many(p for p in contents if _is_small(p))
         for path in contents:
             name = path.removeprefix(f"{iteration.prefix}/")
             if name.startswith("shards/"):
@@ -317,7 +319,10 @@ class _Check:
         return [path for path in self.sizes if path.startswith(f"{folder}/")]
 
     def _document(self, path: str, model: type[_Model]) -> _Model | None:
+        content = self.contents.pop(path, None)
         try:
+            if content is not None:
+                return decode_json(content, model, path=path)
             return read_json(self.store.objects, path, model)
         except DamageError as error:
             self._damage(path, error.problem)
@@ -376,3 +381,7 @@ class _Check:
 
     def _unfinished(self, path: str, problem: str) -> None:
         self.unfinished.append(Finding(path=path, problem=problem))
+
+
+def _is_small(path: str) -> bool:
+    return "/shards/" in path or "/stages/" in path

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from storage_schemas.iteration_store import ARRAY, IterationStore
+from storage_schemas.iteration_store import IterationStore
 from storage_schemas.metrics import Metrics
 from storage_schemas.objects import ObjectStore
 from storage_schemas.observations import FOLDER
+from storage_schemas.reconstructions import ARRAY
 from storage_schemas.run_store import RunStore
 
 if TYPE_CHECKING:

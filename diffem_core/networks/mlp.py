@@ -66,8 +66,7 @@ class MLP(nn.Module):
         if received != self.condition_features:
             raise ValueError(
                 f"MLP received {received} condition features but was built for "
-                f"{self.condition_features}; "
-                "build it with the channel's condition_channels"
+                f"{self.condition_features}; build it with the channel's condition_channels"
             )
         inputs = [x, self.embed(c_noise).expand(len(x), -1)]
         if condition is not None:

@@ -1,13 +1,12 @@
 """The paper's U-Net: residual blocks that the noise level modulates, and self-attention.
 
-    block(x) = (x + c B((1 + a) x + b)) / sqrt(1 + c^2),     (a, b, c) = M(features of log sigma),
-    per channel
+    block(x) = (x + c B((1 + a) x + b)) / sqrt(1 + c^2),      (a, b, c) = M(features of log sigma)
 
-B is [normalize over channels, conv 3x3, SiLU, dropout, conv 3x3] or [normalize, multi-head self-
-attention]. Levels are joined by strided convolutions on the way down, by nearest-neighbour
-upsampling and a convolution of the concatenated skip
-on the way up. With 6 input and 6 output channels, (128, 256, 384) x 5 blocks, 4 heads at level 1
-and 256 features this is the network of the paper, with its 57,564,294 parameters.
+with a, b and c per channel. B is [normalize over channels, conv 3x3, SiLU, dropout, conv 3x3] or
+[normalize, multi-head self-attention]. Levels are joined by strided convolutions on the way down,
+by nearest-neighbour upsampling and a convolution of the concatenated skip on the way up. With 6
+input and 6 output channels, (128, 256, 384) x 5 blocks, 4 heads at level 1 and 256 features this
+is the network of the paper, with its 57,564,294 parameters.
 
 For speed on small images, the modulations of all blocks of a level are computed together (two
 batched products), and images are kept in channels-last memory, in which normalization over
@@ -139,15 +138,14 @@ class UNet(nn.Module):
         if received != self.condition_channels:
             raise ValueError(
                 f"UNet received {received} condition channels but was built for "
-                f"{self.condition_channels}; "
-                "build it with the channel's condition_channels"
+                f"{self.condition_channels}; build it with the channel's condition_channels"
             )
         unit = 2 ** (len(self.levels) - 1)
         if x.shape[-2] % unit or x.shape[-1] % unit:
             raise ValueError(
                 f"UNet received images of {x.shape[-2]} x {x.shape[-1]} but its "
-                f"{len(self.levels)} levels need "
-                f"multiples of {unit}; pad the images or use fewer levels"
+                f"{len(self.levels)} levels need multiples of {unit}; pad the images or use fewer "
+                "levels"
             )
         if condition is not None:
             x = torch.cat([x, condition], dim=1)

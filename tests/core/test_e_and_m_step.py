@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from diffem_core import (
     MLP,
+    Augmentation,
     BetaTime,
     Denoiser,
     DiffusionPosterior,
+    DiffusionPrior,
     GaussianPosterior,
     GaussianPrior,
     MStepResult,
@@ -243,6 +245,98 @@ def test_the_m_step_calls_the_channel_itself(monkeypatch: pytest.MonkeyPatch) ->
     assert calls == [CHANNEL] * 3
 
 
+def test_an_unconditional_m_step_never_corrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the prior is learned from reconstructions alone")
+
+    for method in ("corrupt", "draw_params", "condition"):
+        monkeypatch.setattr(RandomMask, method, refuse)
+    with seeded_initialization(0):
+        network = UNet(
+            in_channels=1, condition_channels=0, out_channels=1, channels=(8,), blocks=(1,)
+        )
+    settings = {
+        "steps": 3,
+        "batch_size": 8,
+        "learning_rate": constant_rate(1e-3),
+        "ema_decay": 0.5,
+        "clip_norm": 1.0,
+        "seed": 0,
+    }
+    model = Denoiser(network)
+    result = m_step(model, images(), None, SCALING, VELogLinear(), BetaTime(), **settings)
+    assert math.isfinite(result.mean_loss)
+    grid = log_linear_grid(1e2, 1e-2, 4)
+    prior = DiffusionPrior(model, SCALING, functools.partial(ddpm, sigmas=grid), x_shape=(1, 8, 8))
+    x = prior.sample(seeds=[5, 6, 7])
+    assert x.shape == (3, 1, 8, 8)
+    torch.testing.assert_close(prior.sample(seeds=[6]), x[1:2], rtol=1e-4, atol=1e-4)
+
+
+def test_conditions_are_dropped_as_often_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Tensor] = []
+    model = denoiser()
+    model.network.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[2]))
+    train(model, images(100), steps=20, batch_size=100, drop_condition=0.3)
+    dropped = torch.cat([(c == 0).flatten(1).all(1) for c in shown]).double()
+    assert len(dropped) == 2000
+    assert abs(float(dropped.mean()) - 0.3) < 5 * math.sqrt(0.3 * 0.7 / 2000)
+    with pytest.raises(ValueError, match=r"drop_condition 1.0; give a number in \[0, 1\)"):
+        train(model, images(), drop_condition=1.0)
+    # Sampling with no condition gives the prior's samples; the zeros are those of a dropped one.
+    prior = DiffusionPrior(
+        model,
+        SCALING,
+        functools.partial(ddpm, sigmas=log_linear_grid(1e2, 1e-2, 2)),
+        x_shape=(1, 8, 8),
+        condition_channels=CHANNEL.condition_channels,
+    )
+    shown.clear()
+    prior.sample(seeds=[1, 2])
+    assert all((c == 0).all() and c.shape == (2, 2, 8, 8) for c in shown)
+
+
+def test_augmentation_comes_before_the_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The channel sees the augmented image, and so does the loss: they agree wherever a pixel is
+    # seen without noise.
+    clean = RandomMask((1, 8, 8), keep=0.5, noise_std=0.0)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    original = Denoiser.forward
+
+    def spy(self: Denoiser, x_t: Tensor, sigma_t: Tensor, condition: Tensor) -> Tensor:
+        pairs.append((x_t, condition))
+        return original(self, x_t, sigma_t, condition)
+
+    monkeypatch.setattr(Denoiser, "forward", spy)
+    x_hat = images(2)
+    m_step(
+        denoiser(),
+        x_hat,
+        clean,
+        SCALING,
+        VELogLinear(sigma_min=1e-6, sigma_max=1e-5),
+        UniformTime(),
+        steps=12,
+        batch_size=2,
+        learning_rate=constant_rate(1e-12),
+        ema_decay=0.5,
+        clip_norm=1.0,
+        augmentation=Augmentation(flip=True),
+        seed=0,
+    )
+    flipped = 0
+    for x_t, condition in pairs:
+        torch.testing.assert_close(x_t * condition[:, 1:], condition[:, :1], rtol=0, atol=1e-3)
+        for one in x_t:
+            plain = [(one - SCALING.to_network(x)).abs().max() < 1e-3 for x in x_hat]
+            mirrored = [(one - SCALING.to_network(x.flip(-1))).abs().max() < 1e-3 for x in x_hat]
+            assert any(plain) != any(mirrored)
+            flipped += any(mirrored)
+    assert 3 < flipped < 21  # Of 24, each with probability 1/2.
+    with pytest.raises(ValueError, match="would no longer belong to the images"):
+        train(denoiser(), images(), augmentation=Augmentation(), recorruption="fixed")
+
+
 def test_a_diverged_m_step_stops_and_says_where() -> None:
     model = denoiser()
     x_hat = images()
@@ -265,9 +359,15 @@ def test_bad_m_steps(changes: dict[str, object], message: str) -> None:
         train(denoiser(), images(), **changes)
 
 
-@pytest.mark.parametrize("shape", [(4, 1, 8, 9), (0, 1, 8, 8)])
-def test_reconstructions_must_fit_the_channel(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"give at least one, of shape \(n, 1, 8, 8\)"):
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((4, 1, 8, 9), r"shape \(4, 1, 8, 9\) but the channel's samples have shape \(1, 8, 8\)"),
+        ((0, 1, 8, 8), "no reconstructions; give at least one"),
+    ],
+)
+def test_reconstructions_must_fit_the_channel(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         train(denoiser(), torch.zeros(shape))
 
 

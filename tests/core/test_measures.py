@@ -83,17 +83,17 @@ def entropic_cost(u: Tensor, v: Tensor, regularization: float) -> float:
     M = ot.dist(u.numpy(), v.numpy())
     uniform = [np.full(len(w), 1 / len(w)) for w in (u, v)]
     plan = ot.sinkhorn(
-        *uniform, M, regularization, method="sinkhorn_log", numItermax=20000, stopThr=1e-9
+        *uniform, M, regularization, method="sinkhorn_log", numItermax=20000, stopThr=1e-7
     )
     entropy = (plan * np.log(plan * plan.size + 1e-300)).sum()
     return float((plan * M).sum() + regularization * entropy)
 
 
-@pytest.mark.parametrize("regularization", [1.0, 0.1])
+@pytest.mark.parametrize("regularization", [2.0, 0.5])
 def test_sinkhorn_divergence_is_pot_s(regularization: float) -> None:
     a, b = randn(60, 2), randn(50, 2, seed=1) * 0.5 + 1
     cross, own_a, own_b = (entropic_cost(*p, regularization) for p in ((a, b), (a, a), (b, b)))
-    ours = sinkhorn_divergence(a, b, regularization=regularization, settling=2000)
+    ours = sinkhorn_divergence(a, b, regularization=regularization, iterations=3000)
     assert ours == pytest.approx(cross - 0.5 * (own_a + own_b), rel=1e-3)
 
 
@@ -108,7 +108,7 @@ def test_sinkhorn_divergence_of_a_shift_is_its_square() -> None:
     a = randn(150, 2)
     shift = torch.tensor([0.3, -0.4], dtype=torch.float64)
     assert sinkhorn_divergence(a, a + shift, regularization=0.05) == pytest.approx(0.25, rel=1e-2)
-    with pytest.raises(ValueError, match="give regularization > 0"):
+    with pytest.raises(ValueError, match="a positive regularization"):
         sinkhorn_divergence(a, a, regularization=0.0)
     with pytest.raises(ValueError, match=r"\(n, D\) and \(m, D\)"):
         sinkhorn_divergence(a, randn(5, 3))

@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 
 from diffem_core import (
+    BetaMixtureTime,
     BetaTime,
     LogNormalTime,
     SampleNoise,
@@ -77,6 +78,7 @@ DISTRIBUTIONS = {
     "uniform": (UniformTime(), stats.uniform()),
     "paper": (BetaTime(), stats.beta(3, 3)),
     "skewed": (BetaTime(a=0.5, b=2.0), stats.beta(0.5, 2.0)),
+    "manifold": (BetaMixtureTime(weight=0.4), None),
     "edm": (
         LogNormalTime(),
         # In t, log sigma ~ N(-1.2, 1.2^2) is a normal distribution, truncated to [0, 1].
@@ -102,8 +104,13 @@ def test_times_have_the_stated_distribution(name: str) -> None:
     # one (and 1e-4 for the
     # table and float32), where independent draws would be off by 1 / sqrt(n).
     ordered = np.sort(t.double().numpy())
-    distance = np.abs(law.cdf(ordered) - (np.arange(n) + 0.5) / n).max()
-    assert distance < 0.5 / n + 1e-4
+    if law is None:
+        cdf = 0.4 * stats.beta(2, 5).cdf(ordered) + 0.6 * stats.beta(5, 2).cdf(ordered)
+    else:
+        cdf = law.cdf(ordered)
+    distance = np.abs(cdf - (np.arange(n) + 0.5) / n).max()
+    # (A mixture is stratified in each of its two parts.)
+    assert distance < (0.5 if law is not None else 2.0) / n + 1e-4
 
 
 def test_every_batch_covers_the_range_of_times() -> None:
@@ -113,6 +120,11 @@ def test_every_batch_covers_the_range_of_times() -> None:
         edges = torch.from_numpy(stats.beta(3, 3).ppf(np.linspace(0, 1, 17)))
         counts = torch.histogram(t.double(), edges).hist
         assert counts.tolist() == [1.0] * 16
+
+
+def test_bad_mixture() -> None:
+    with pytest.raises(ValueError, match=r"weight 1.0; give one in \(0, 1\)"):
+        BetaMixtureTime(weight=1.0)
 
 
 def test_a_log_normal_far_from_the_schedule_is_refused() -> None:

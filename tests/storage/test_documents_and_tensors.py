@@ -9,7 +9,7 @@ import pytest
 from storage_schemas import config, lease, manifests, metrics, migrations
 from storage_schemas._base import Record
 from storage_schemas.documents import decode_json, encode_json
-from storage_schemas.errors import DamageError, NewerSchema
+from storage_schemas.errors import DamageError, SchemaMismatch
 from storage_schemas.json_schema import run_config_schema
 from storage_schemas.manifests import Provenance
 from storage_schemas.metrics import Metrics
@@ -53,7 +53,7 @@ def test_a_newer_document_asks_for_a_newer_version() -> None:
         schema_version: int = 2  # type: ignore[assignment]
 
     document = encode_json(Newer(values={}))
-    with pytest.raises(NewerSchema, match=r"schema version 2 but .* reads up to 1; install"):
+    with pytest.raises(SchemaMismatch, match=r"schema version 2 but .* reads up to 1; install"):
         decode_json(document, Metrics, path="m.json")
 
 
@@ -74,7 +74,7 @@ def test_an_older_document_is_migrated(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"size": data["length"]}
 
     document = encode_json(First(length=3))
-    with pytest.raises(DamageError, match="does not hold a Second"):
+    with pytest.raises(SchemaMismatch, match="does not hold what this version of diffem expects"):
         decode_json(document, Second, path="s.json")
     monkeypatch.setattr(migrations, "SCHEMA_VERSION", 2)
     monkeypatch.setitem(migrations.MIGRATIONS, 1, renamed)

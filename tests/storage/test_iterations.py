@@ -5,7 +5,9 @@ import pytest
 
 from storage_schemas.errors import DamageError, IncompleteError, LayoutMismatch
 from storage_schemas.iteration_store import IterationStore
+from storage_schemas.objects import ObjectStore
 from storage_schemas.run_store import RunStore
+from storage_schemas.verify import verify
 from tests.storage.tiny_run import (
     PROVENANCE,
     SHARD,
@@ -128,6 +130,30 @@ def test_another_model_makes_the_shards_stale(folder: IterationStore) -> None:
     shard = again(folder).shard(0)
     assert shard is not None
     assert shard.parent_digest == other
+
+
+def test_an_interrupted_new_layout_is_no_damage(
+    folder: IterationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw(folder, 0)
+    given = {"x_shape": X_SHAPE, "shard_size": SHARD, "parent_digest": "0" * 64, "seed": 7}
+    write, written = ObjectStore.write, 0
+
+    def interrupted(self: ObjectStore, path: str, data: bytes) -> None:
+        nonlocal written
+        written += 1
+        if written == 3:
+            raise KeyboardInterrupt
+        write(self, path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStore, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            folder.create_reconstructions(folder.sample_ids(), **given)  # type: ignore[arg-type]
+    assert verify(folder.objects).ok
+    assert again(folder).reconstructions() is None
+    folder.create_reconstructions(np.arange(40), **given)  # type: ignore[arg-type]
+    assert again(folder).missing_shards() == [0, 1, 2]
 
 
 def test_another_layout_is_refused_with_the_difference(folder: IterationStore) -> None:

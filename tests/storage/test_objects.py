@@ -49,6 +49,19 @@ def test_create_never_replaces(any_url: str) -> None:
     assert objects.partials() == []
 
 
+@pytest.mark.parametrize(
+    ("url", "stored"),
+    [("a/b//", "a/b"), ("/", "/"), ("memory://", "memory://"), ("s3://b/c/", "s3://b/c")],
+)
+def test_urls_lose_their_last_slash(url: str, stored: str) -> None:
+    assert ObjectStore(url).url == stored
+
+
+def test_an_empty_url_is_refused() -> None:
+    with pytest.raises(UnusableStore, match="the URL is empty"):
+        ObjectStore("")
+
+
 @pytest.mark.parametrize("path", ["", "/a", "../a", "a/../../b"])
 def test_paths_stay_in_the_store(path: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="relative to the store"):

@@ -13,8 +13,8 @@ from storage_schemas.errors import (
     ConfigMismatch,
     DamageError,
     IncompleteError,
-    NewerSchema,
     NotARun,
+    SchemaMismatch,
     UnusableStore,
 )
 from storage_schemas.iteration_store import IterationStore
@@ -117,7 +117,7 @@ def test_a_newer_run_asks_for_a_newer_version(tmp_path: Path) -> None:
     newer = manifest.model_copy(update={"schema_version": 2})
     objects.write("run.json", encode_json(newer))
     for use in (RunStore.open, lambda o: RunStore.create(o, make_config())):
-        with pytest.raises(NewerSchema, match="install a newer diffem"):
+        with pytest.raises(SchemaMismatch, match="install a newer diffem"):
             use(objects)
 
 

@@ -1,0 +1,349 @@
+"""Channels from any deepinv physics on images, and short forms of the usual ones.
+
+    y = sensor(noise(A(x; params)))
+
+A conditional network sees, in the shape of x, an estimate of x from y alone and the operator's
+parameters that are maps. DiffEM only simulates a channel, so that A, the sensor and the noise may
+be non-linear, non-Gaussian and not differentiable.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from deepinv.physics import (
+    MRI,
+    BlurFFT,
+    CompressedSensing,
+    Denoising,
+    GaussianNoise,
+    LinearPhysics,
+    Physics,
+    PoissonNoise,
+    ZeroNoise,
+)
+from deepinv.physics.functional import gaussian_blur as gaussian_filter
+from deepinv.physics.generator import PhysicsGenerator
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from diffem_core.channel import Channel, Params, gaussian_noise
+from diffem_core.scaling import Scaling
+
+__all__ = [
+    "BlockAverage",
+    "LineMaskGenerator",
+    "PhysicsChannel",
+    "accelerated_mri",
+    "compressed_sensing",
+    "denoising",
+    "gaussian_blur",
+    "jpeg",
+    "poisson",
+    "quantization",
+    "super_resolution",
+]
+
+Estimate = Literal["y", "A_adjoint", "A_dagger"]
+
+
+class PhysicsChannel(Channel):
+    """A channel around a deepinv physics that maps images to anything.
+
+    Arguments:
+        physics: The physics, with its noise model and sensor.
+        x_shape: Shape (C, H, W) of an image.
+        generator: Generator of per-sample parameters; None if the operator is the same for all.
+        estimate: What the network sees of y: `y` itself (in the shape of x), `A_adjoint` or
+            `A_dagger`.
+        maps: Parameters that the network sees as well, each of shape (c, H, W).
+        linear: Whether x is mapped linearly up to noise; by default, whether the physics is a
+            LinearPhysics.
+
+    Raises:
+        ValueError: The estimate does not have the shape of x, or a map that of an image.
+    """
+
+    def __init__(
+        self,
+        physics: Physics,
+        *,
+        x_shape: Sequence[int],
+        generator: PhysicsGenerator | None = None,
+        estimate: Estimate = "A_adjoint",
+        maps: Sequence[str] = (),
+        linear: bool | None = None,
+    ) -> None:
+        if estimate not in ("y", "A_adjoint", "A_dagger"):
+            raise ValueError(
+                f"PhysicsChannel received estimate {estimate!r}; known are 'y', 'A_adjoint', "
+                "'A_dagger'"
+            )
+        if linear is None:
+            linear = isinstance(physics, LinearPhysics)
+        if estimate != "y" and not linear:
+            raise ValueError(
+                f"PhysicsChannel received estimate {estimate!r} for a physics that is not linear; "
+                "take 'y'"
+            )
+        params: dict[str, Tensor] = {}
+        if generator is not None:
+            generator.rng = torch.Generator().manual_seed(0)
+            params = generator.step(batch_size=1)
+        super().__init__(
+            physics=physics,
+            generator=generator,
+            x_shape=tuple(x_shape),
+            y_shape=(),
+            params_spec={name: tuple(value.shape[1:]) for name, value in params.items()},
+            noise_std=_noise_std(physics.noise_model),
+            linear=linear,
+        )
+        self.estimate = estimate
+        self.maps = tuple(maps)
+        image = torch.zeros(1, *self.x_shape)
+        self.y_shape = tuple(self._bound(params, image.dtype).A(image).shape[1:])
+        seen = self._estimate(torch.zeros(1, *self.y_shape), params)
+        if seen.shape[1:] != self.x_shape:
+            raise ValueError(
+                f"the estimate {estimate!r} of y has shape {tuple(seen.shape[1:])} but x has "
+                f"{self.x_shape}; take "
+                "another estimate"
+            )
+        for name in self.maps:
+            if name not in params or params[name].shape[2:] != image.shape[2:]:
+                raise ValueError(
+                    f"PhysicsChannel received the map {name!r}; the generator's parameters of "
+                    "shape (c, H, W) are "
+                    f"{[k for k, v in params.items() if v.shape[2:] == image.shape[2:]]}"
+                )
+
+    @property
+    def condition_channels(self) -> int:
+        """Bands of the image and of the maps."""
+        return self.x_shape[0] + sum(self.params_spec[name][0] for name in self.maps)
+
+    def condition(self, y: Tensor, params: Params, scaling: Scaling) -> Tensor:
+        """Build (n, condition_channels, H, W): the estimate in network units, then the maps."""
+        if self.linear:
+            # Around the centre, so that what is not measured is 0.
+            center = self.A(y.new_full((len(y), *self.x_shape), scaling.center), params)
+            seen = self._estimate(y - center, params) * scaling.scale
+            if self.estimate == "y":
+                seen = scaling.to_network(y)
+        else:
+            seen = scaling.to_network(self._estimate(y, params))
+        return torch.cat([seen, *(params[name].to(y.dtype) for name in self.maps)], dim=1)
+
+    # deepinv keeps matrices and filters in float32, and some of its physics refuse other types.
+
+    def corrupt(self, x: Tensor, params: Params, *, generator: torch.Generator) -> Tensor:
+        """Draw y ~ Q(. | x, params); see `Channel.corrupt`."""
+        return super().corrupt(x.float(), params, generator=generator).to(x.dtype)
+
+    def A(self, x: Tensor, params: Params) -> Tensor:
+        """Apply the operator without noise and sensor; see `Channel.A`."""
+        return super().A(x.float(), params).to(x.dtype)
+
+    def A_adjoint(self, y: Tensor, params: Params) -> Tensor:
+        """Apply the operator's adjoint; see `Channel.A_adjoint`."""
+        return super().A_adjoint(y.float(), params).to(y.dtype)
+
+    def A_dagger(self, y: Tensor, params: Params) -> Tensor:
+        """Apply the operator's pseudo-inverse; see `Channel.A_dagger`."""
+        return super().A_dagger(y.float(), params).to(y.dtype)
+
+    def _estimate(self, y: Tensor, params: Params) -> Tensor:
+        if self.estimate == "y":
+            return y
+        return (
+            self.A_adjoint(y, params) if self.estimate == "A_adjoint" else self.A_dagger(y, params)
+        )
+
+
+def denoising(x_shape: Sequence[int], *, noise_std: float) -> PhysicsChannel:
+    """Build the channel that adds Gaussian noise only."""
+    physics = Denoising(noise_model=gaussian_noise(noise_std))
+    return PhysicsChannel(physics, x_shape=x_shape, estimate="y")
+
+
+def super_resolution(x_shape: Sequence[int], *, factor: int, noise_std: float) -> PhysicsChannel:
+    """Build the channel that averages blocks of factor x factor pixels and adds Gaussian noise."""
+    physics = BlockAverage(factor, noise_model=gaussian_noise(noise_std))
+    if factor < 1 or x_shape[-2] % factor or x_shape[-1] % factor:
+        raise ValueError(
+            f"super_resolution received factor {factor} for images of {x_shape[-2]} x "
+            f"{x_shape[-1]}; give a divisor"
+        )
+    return PhysicsChannel(physics, x_shape=x_shape, estimate="A_dagger")
+
+
+def gaussian_blur(x_shape: Sequence[int], *, sigma: float, noise_std: float) -> PhysicsChannel:
+    """Build the channel that blurs with a Gaussian of `sigma` pixels (circular) and adds noise."""
+    physics = BlurFFT(
+        img_size=tuple(x_shape),
+        filter=gaussian_filter(sigma=(sigma, sigma)),
+        noise_model=gaussian_noise(noise_std),
+    )
+    return PhysicsChannel(physics, x_shape=x_shape, estimate="y")
+
+
+def compressed_sensing(
+    x_shape: Sequence[int], *, measurements: int, noise_std: float, seed: int = 0
+) -> PhysicsChannel:
+    """Build the channel that takes `measurements` random projections, the same for all samples."""
+    physics = CompressedSensing(
+        m=measurements,
+        img_size=tuple(x_shape),
+        rng=torch.Generator().manual_seed(seed),
+        noise_model=gaussian_noise(noise_std),
+    )
+    return PhysicsChannel(physics, x_shape=x_shape, estimate="A_dagger")
+
+
+def accelerated_mri(
+    size: tuple[int, int], *, acceleration: float, center: float = 0.08, noise_std: float
+) -> PhysicsChannel:
+    """Build single-coil MRI with random lines of k-space, drawn anew for each sample.
+
+    Arguments:
+        size: Height and width; images are complex, (2, H, W).
+        acceleration: Lines per measured line, on average.
+        center: Fraction of the lines, around zero frequency, that are always measured.
+        noise_std: Standard deviation of the noise on real and imaginary parts.
+    """
+    physics = MRI(img_size=(1, 2, *size), noise_model=gaussian_noise(noise_std))
+    generator = LineMaskGenerator(size, acceleration=acceleration, center=center)
+    return PhysicsChannel(
+        physics, x_shape=(2, *size), generator=generator, estimate="A_adjoint", maps=("mask",)
+    )
+
+
+def poisson(x_shape: Sequence[int], *, gain: float) -> PhysicsChannel:
+    """Build the channel that counts photons: y = gain Poisson(max(x, 0) / gain)."""
+    if not gain > 0:
+        raise ValueError(f"poisson received gain {gain}; it must be positive")
+    physics = Denoising(noise_model=PoissonNoise(gain=gain, clip_positive=True))
+    return PhysicsChannel(physics, x_shape=x_shape, estimate="y", linear=False)
+
+
+def quantization(
+    x_shape: Sequence[int], *, low: float, high: float, levels: int, noise_std: float = 0.0
+) -> PhysicsChannel:
+    """Build the channel that adds noise, clips to [low, high] and rounds to even levels."""
+    if levels < 2 or not low < high:
+        raise ValueError(
+            f"quantization received {levels} levels from {low} to {high}; give >= 2 levels, low < "
+            "high"
+        )
+    step = (high - low) / (levels - 1)
+
+    def sensor(y: Tensor) -> Tensor:
+        return ((y.clamp(low, high) - low) / step).round() * step + low
+
+    physics = Physics(noise_model=gaussian_noise(noise_std), sensor_model=sensor)
+    return PhysicsChannel(physics, x_shape=x_shape, estimate="y", linear=False)
+
+
+def jpeg(x_shape: Sequence[int], *, quality: int, low: float, high: float) -> PhysicsChannel:
+    """Build the channel that saves as JPEG, with [low, high] as 0 to 255, and reads again."""
+    if x_shape[0] not in (1, 3) or not 1 <= quality <= 100:
+        raise ValueError(
+            f"jpeg received images of {x_shape[0]} bands and quality {quality}; give 1 or 3 bands "
+            "and quality 1 to 100"
+        )
+
+    def sensor(y: Tensor) -> Tensor:
+        pixels = ((y - low) / (high - low) * 255).round().clamp(0, 255).to(torch.uint8)
+        read = [
+            _through_jpeg(image, quality) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()
+        ]
+        out = torch.from_numpy(np.stack(read)).permute(0, 3, 1, 2).to(y)
+        return out / 255 * (high - low) + low
+
+    physics = Physics(noise_model=ZeroNoise(), sensor_model=sensor)
+    return PhysicsChannel(physics, x_shape=x_shape, estimate="y", linear=False)
+
+
+class BlockAverage(LinearPhysics):  # type: ignore[misc]
+    """deepinv physics that averages square blocks of pixels.
+
+    Arguments:
+        factor: Side of a block.
+        noise_model: deepinv noise model.
+    """
+
+    def __init__(self, factor: int, *, noise_model: Any) -> None:
+        super().__init__(noise_model=noise_model)
+        self.factor = factor
+
+    def A(self, x: Tensor, **kwargs: object) -> Tensor:
+        """Average the blocks of (n, C, H, W)."""
+        return F.avg_pool2d(x, self.factor)
+
+    def A_adjoint(self, y: Tensor, **kwargs: object) -> Tensor:
+        """Spread each value evenly over its block."""
+        return self.A_dagger(y) / self.factor**2
+
+    def A_dagger(self, y: Tensor, **kwargs: object) -> Tensor:
+        """Repeat each value over its block."""
+        return y.repeat_interleave(self.factor, dim=-2).repeat_interleave(self.factor, dim=-1)
+
+
+class LineMaskGenerator(PhysicsGenerator):  # type: ignore[misc]
+    """Masks of k-space whose columns are measured independently, the central ones always.
+
+    (deepinv's own line generators loop over the samples in Python.)
+
+    Arguments:
+        size: Height and width.
+        acceleration: Columns per measured column, on average, at least 1.
+        center: Fraction of the columns, around the middle, that are always measured.
+    """
+
+    def __init__(self, size: tuple[int, int], *, acceleration: float, center: float) -> None:
+        super().__init__()
+        width = size[1]
+        count = round(center * width)
+        if not (acceleration >= 1 and 0 <= center < 1 and count * acceleration <= width):
+            raise ValueError(
+                f"LineMaskGenerator received acceleration {acceleration} and center {center}; the "
+                f"{count} central of "
+                f"{width} columns must not be more than a fraction 1 / acceleration of them"
+            )
+        self.size = size
+        probability = torch.full((width,), (width / acceleration - count) / max(1, width - count))
+        start = (width - count) // 2
+        probability[start : start + count] = 1.0
+        self.probability = probability
+
+    def step(
+        self, batch_size: int = 1, seed: int | None = None, **kwargs: object
+    ) -> dict[str, Tensor]:
+        """Draw masks in {0, 1}, of shape (batch_size, 2, H, W), equal for both parts."""
+        self.rng_manual_seed(seed)
+        u = torch.rand(batch_size, 1, 1, self.size[1], generator=self.rng, device=self.rng.device)
+        mask = (u < self.probability.to(u.device)).float()
+        return {"mask": mask.expand(-1, 2, *self.size).contiguous()}
+
+
+def _through_jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
+    file = io.BytesIO()
+    Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
+        file, "JPEG", quality=quality
+    )
+    return np.asarray(Image.open(file), dtype=np.uint8).reshape(image.shape)
+
+
+def _noise_std(noise_model: object) -> float | None:
+    if isinstance(noise_model, ZeroNoise):
+        return 0.0
+    if isinstance(noise_model, GaussianNoise) and noise_model.sigma.numel() == 1:
+        return float(noise_model.sigma)
+    return None
