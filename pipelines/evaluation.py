@@ -86,6 +86,7 @@ def evaluate(
     holdout: Observed,
     others: Observed,
     truth: Truth | None,
+    floors: Mapping[str, Metric] | None,
     seed: int,
     batch_size: int,
     on_progress: Callable[[int], None] | None = None,
@@ -100,6 +101,8 @@ def evaluate(
         holdout: Held-out observations.
         others: Observations of the training split, `others_used` of which are reconstructed.
         truth: Clean samples, or None where nobody knows them.
+        floors: Metrics of another posterior, judged with the same config and data, whose floors
+            (they depend on the data alone) are taken over; None computes them.
         seed: Seed of all draws of this evaluation.
         batch_size: Observations per call of the posterior.
         on_progress: Called with the number of samples just drawn.
@@ -121,10 +124,10 @@ def evaluate(
     )
     reconstructions = _draw(posterior, subset, (seed, "others"), batch_size, on_progress)
 
-    values = _divergences(channel, scaling, reconstructions, holdout, subset, seed)
+    values = _divergences(channel, scaling, reconstructions, holdout, subset, floors, seed)
     if truth is not None:
         values |= _errors(draws, truth, channel, scaling, holdout)
-        values |= _distances(reconstructions, draws, truth, rows, config)
+        values |= _distances(reconstructions, draws, truth, rows, floors, config)
     return Evaluation(metrics=Metrics(values=values), draws=draws, reconstructions=reconstructions)
 
 
@@ -134,6 +137,7 @@ def _divergences(
     reconstructions: Tensor,
     holdout: Observed,
     others: Observed,
+    floors: Mapping[str, Metric] | None,
     seed: int,
 ) -> dict[str, Metric]:
     """Compare held-out observations with re-corrupted reconstructions, and with real ones."""
@@ -143,7 +147,7 @@ def _divergences(
         reconstructions,
         holdout.y,
         holdout.params,
-        reference=(others.y, others.params),
+        reference=None if floors else (others.y, others.params),
         seed=derive_seed(seed, "divergence"),
     )
     values = {
@@ -153,39 +157,47 @@ def _divergences(
             long_name="sliced Wasserstein distance in observation space, network units",
             better="lower",
         ),
-        "sliced_wasserstein_floor": Metric(
-            value=sliced.floor, long_name="the same between two sets of real observations"
-        ),
     }
+    if floors is None:
+        values["sliced_wasserstein_floor"] = Metric(
+            value=sliced.floor, long_name="the same between two sets of real observations"
+        )
     fresh = _recorrupted(channel, reconstructions, derive_seed(seed, "recorruption"))
     first = _seen_images(channel, scaling, holdout)
     if first is None:
-        return {
-            "divergence": values.pop("sliced_wasserstein"),
-            "divergence_floor": values.pop("sliced_wasserstein_floor"),
+        names = {
+            "sliced_wasserstein": "divergence",
+            "sliced_wasserstein_floor": "divergence_floor",
         }
-    pairs = []
-    for observed in (fresh, others):
+        return {names[name]: metric for name, metric in values.items()} | _taken_over(floors)
+
+    def pairs(observed: Observed) -> tuple[float, float]:
         second = _seen_images(channel, scaling, observed)
         assert second is not None
-        pairs.append(cooccurrence_divergence(*first, *second))
+        result = cooccurrence_divergence(*first, *second)
+        return 100 * result.value, 100 * result.standard_error
+
     name = "squared Hellinger distance of grey-level pairs of neighbours in observation space, %"
-    return {
+    value, error = pairs(fresh)
+    found = {
         "divergence": Metric(
-            value=100 * pairs[0].value,
-            standard_error=100 * pairs[0].standard_error,
-            long_name=name,
-            units="%",
-            better="lower",
-        ),
-        "divergence_floor": Metric(
-            value=100 * pairs[1].value,
-            standard_error=100 * pairs[1].standard_error,
+            value=value, standard_error=error, long_name=name, units="%", better="lower"
+        )
+    }
+    if floors is None:
+        value, error = pairs(others)
+        found["divergence_floor"] = Metric(
+            value=value,
+            standard_error=error,
             long_name="the same between two sets of real observations",
             units="%",
-        ),
-        **values,
-    }
+        )
+    return found | values | _taken_over(floors)
+
+
+def _taken_over(floors: Mapping[str, Metric] | None) -> dict[str, Metric]:
+    """Return the floors among metrics."""
+    return {k: m for k, m in (floors or {}).items() if k.endswith(("_floor", "_clean"))}
 
 
 def _recorrupted(channel: Channel, x: Tensor, seed: int) -> Observed:
@@ -273,7 +285,12 @@ def _errors(
 
 
 def _distances(
-    reconstructions: Tensor, draws: Tensor, truth: Truth, rows: Tensor, config: EvaluationConfig
+    reconstructions: Tensor,
+    draws: Tensor,
+    truth: Truth,
+    rows: Tensor,
+    floors: Mapping[str, Metric] | None,
+    config: EvaluationConfig,
 ) -> dict[str, Metric]:
     """Measure how far the reconstructions' distribution is from that of clean samples.
 
@@ -291,54 +308,63 @@ def _distances(
         case None:
             return {}
         case FrechetDistance():
-            return _classifier_distances(reconstructions, draws, truth, clean, same)
+            return _classifier_distances(reconstructions, draws, truth, clean, same, floors)
         case SinkhornDistance() as sinkhorn:
             count = min(sinkhorn.samples, len(reconstructions), len(clean))
-            value, floor = (
-                sinkhorn_divergence(
-                    cloud[:count], clean[:count], regularization=sinkhorn.regularization
+
+            def distance(cloud: Tensor) -> float:
+                a, b = cloud[:count], clean[:count]
+                return sinkhorn_divergence(a, b, regularization=sinkhorn.regularization)
+
+            found = {
+                "distance": Metric(
+                    value=distance(reconstructions),
+                    long_name="Sinkhorn divergence between reconstructions and clean samples",
+                    better="lower",
                 )
-                for cloud in (reconstructions, same)
-            )
-            name = "Sinkhorn divergence between reconstructions and clean samples"
-            return {
-                "distance": Metric(value=value, long_name=name, better="lower"),
-                "distance_floor": Metric(
-                    value=floor, long_name="the same between two sets of clean samples"
-                ),
             }
+            if floors is None:
+                found["distance_floor"] = Metric(
+                    value=distance(same), long_name="the same between two sets of clean samples"
+                )
+            return found
     assert_never(config.distance)
 
 
 def _classifier_distances(
-    reconstructions: Tensor, draws: Tensor, truth: Truth, clean: Tensor, same: Tensor
+    reconstructions: Tensor,
+    draws: Tensor,
+    truth: Truth,
+    clean: Tensor,
+    same: Tensor,
+    floors: Mapping[str, Metric] | None,
 ) -> dict[str, Metric]:
     classifier, labels = truth.classifier, truth.holdout_labels
     if classifier is None or labels is None:
         return {"distance": Metric(value=None, long_name="not known: the samples have no labels")}
     features = classifier.features(clean)
-    value, floor = (
-        frechet_distance(classifier.features(x), features) for x in (reconstructions, same)
-    )
-    return {
+    found = {
         "distance": Metric(
-            value=value,
+            value=frechet_distance(classifier.features(reconstructions), features),
             long_name="Fréchet distance to clean samples in a classifier's features",
             better="lower",
-        ),
-        "distance_floor": Metric(
-            value=floor, long_name="the same between two sets of clean samples"
         ),
         "accuracy": Metric(
             value=classifier.accuracy(draws.flatten(0, 1), labels.repeat(len(draws))),
             long_name="fraction of held-out posterior samples classified as their clean image",
             better="higher",
         ),
-        "accuracy_clean": Metric(
+    }
+    if floors is None:
+        found["distance_floor"] = Metric(
+            value=frechet_distance(classifier.features(same), features),
+            long_name="the same between two sets of clean samples",
+        )
+        found["accuracy_clean"] = Metric(
             value=classifier.accuracy(truth.holdout, labels),
             long_name="the same for the clean held-out images",
-        ),
-    }
+        )
+    return found
 
 
 def _finite(value: float) -> float | None:

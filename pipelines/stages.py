@@ -487,6 +487,7 @@ def _judge(
     holdout = _observed(bench.store.observations("holdout"))
     others = _observed(bench.store.observations("train"))
     truth = _truth(bench)
+    start = bench.store.start().manifest()
     total = work_of(config, holdout=len(holdout), others=len(others))
     with stage(f"{title} · evaluation", total=total, unit="samples") as advance:
         result = evaluate(
@@ -497,6 +498,7 @@ def _judge(
             holdout=holdout,
             others=others,
             truth=truth,
+            floors=None if start is None or start.metrics is None else start.metrics.values,
             seed=bench.seed("evaluate"),
             batch_size=bench.config.e_step.batch_size,
             on_progress=advance,
