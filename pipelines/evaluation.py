@@ -256,6 +256,7 @@ def _errors(
     many = x.expand_as(draws).flatten(0, 1)
     values: dict[str, Metric] = {}
     data_range = 4 / scaling.scale
+    selection = channel.selection(holdout.params)
     for name, what, estimate, clean in (
         ("sample", "one posterior sample", draws.flatten(0, 1), many),
         ("mean", f"the mean of {len(draws)} posterior samples", mean, x),
@@ -271,7 +272,6 @@ def _errors(
             long_name=f"root mean squared error of {what}, held out, network units",
             better="lower",
         )
-        selection = channel.selection(holdout.params)
         if selection is not None:
             mask = selection.reshape(x.shape)
             repeated = mask.expand_as(draws).flatten(0, 1) if name == "sample" else mask
@@ -281,7 +281,28 @@ def _errors(
                 long_name=f"the same on hidden entries only, {what}",
                 better="lower",
             )
+    values["spread_ratio"] = _spread_ratio(draws, mean, x, selection)
     return values
+
+
+def _spread_ratio(draws: Tensor, mean: Tensor, x: Tensor, selection: Tensor | None) -> Metric:
+    """Compare the spread of the draws with the error of their mean.
+
+    Where x and S draws come from one posterior of variance v, the mean of the draws is off by
+    v (1 + 1/S) in mean square, so that sqrt(v (1 + 1/S)) over the error is 1.
+    """
+    counted = torch.ones_like(x, dtype=torch.bool)
+    if selection is not None:
+        counted = ~selection.reshape(x.shape)
+    variance = draws.double().var(dim=0)[counted].mean() * (1 + 1 / len(draws))
+    error = (mean - x).double()[counted].square().mean()
+    ratio = math.sqrt(float(variance / error)) if float(error) > 0 else math.nan
+    where = "" if selection is None else " on hidden entries"
+    return Metric(
+        value=_finite(ratio),
+        long_name=f"spread of posterior samples over the error of their mean{where}; 1 is "
+        "calibrated, less is too sure",
+    )
 
 
 def _distances(

@@ -60,6 +60,7 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("hidden_rmse_mean", "hidden RMSE\nmean", "{:.3f}"),
     ("rmse_sample", "RMSE\nsample", "{:.3f}"),
     ("rmse_mean", "RMSE\nmean", "{:.3f}"),
+    ("spread_ratio", "spread\n/ error", "{:.2f}"),
     ("distance", "distance", "{:.3f}"),
     ("accuracy", "accuracy", "{:.3f}"),
 )

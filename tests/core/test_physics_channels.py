@@ -272,6 +272,12 @@ def test_em_in_memory(name: str) -> None:
         ) -> Tensor:
             return y
 
+    steps: list[int] = []
+
+    def rate(step: int) -> float:
+        steps.append(step)
+        return 3e-3
+
     def run() -> list[Tensor]:
         rounds = em(
             y,
@@ -285,11 +291,12 @@ def test_em_in_memory(name: str) -> None:
             iterations=3,
             steps=6,
             batch_size=12,
-            learning_rate=constant_rate(3e-3),
+            learning_rate=rate,
         )
         return [r.x_hat for r in rounds]
 
     first, again = run(), run()
+    assert steps == [*range(18)] * 2, "the rate is a function of the run's steps"
     assert torch.equal(first[0], y), "the first E-step draws from the given start"
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[1], first[2])

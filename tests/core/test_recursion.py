@@ -22,7 +22,7 @@ from diffem_core import (
     seeded_initialization,
 )
 
-NOISE = 0.3
+NOISE = 0.8
 
 
 def exact_update(mean: Tensor, cov: Tensor, y: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Every field of a config reaches the object that it is for."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -146,7 +147,7 @@ def test_a_rate_over_the_run_goes_on_from_iteration_to_iteration() -> None:
         for step in range(build.m_step_length(config.m_step, k))
     ]
     assert len(course) == 50
-    assert all(a > b for a, b in zip(course, course[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(course))
     rate = config.m_step.learning_rate
     assert course[0] == pytest.approx(rate.value)
     assert course[-1] == pytest.approx(rate.value * getattr(rate, "floor", 1), rel=1e-6)
@@ -165,7 +166,7 @@ def test_initial_weights_do_not_depend_on_what_was_drawn_before() -> None:
 
 
 def test_a_gpu_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="set runner.device to 'cpu' or 'auto'"):
+    with pytest.raises(ValueError, match=r"set runner\.device to 'cpu' or 'auto'"):
         build.build_device(load_config(DIGITS, ["runner.device=cuda:99"]).runner)
 
 
