@@ -137,6 +137,11 @@ def _work(store: RunStore, console: Console, *, take_over: bool) -> Summary:
         except (ValueError, LeaseHeld):
             raise
         except Exception as error:
+            if "Failed to reach API" in str(error):
+                raise RunFailed(
+                    f"{error}: no Prefect server answers there; start it (prefect server start), or "
+                    "unset PREFECT_API_URL to use the embedded one"
+                ) from error
             raise RunFailed(
                 f"{type(error).__name__}: {error}\nwhat is done stays done; the same command "
                 f"resumes {redact_url(store.url)}"

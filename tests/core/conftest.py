@@ -1,6 +1,6 @@
 """Shared fixtures of the core's tests."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,3 +56,13 @@ def moments() -> Callable[[Callable[[LinearNoise], Tensor], int], tuple[Tensor, 
         return x[0], (x[1:] - x[0]).square().sum(0)
 
     return compute
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Keep to one thread: these tensors are so small that more of them only wait for each
+    other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
