@@ -98,7 +98,7 @@ def em(
         ValueError: There is nothing to iterate.
 
     References:
-        DiffEM (arXiv 2510.12691), algorithm 1; Rozet et al. 2024 (arXiv 2405.13712), algorithm 1.
+        DiffEM (arXiv 2510.12691); Rozet et al. 2024 (EM-MMPS, arXiv 2405.13712).
     """
     if iterations < 1:
         raise ValueError(f"em received {iterations} iterations; give at least 1")

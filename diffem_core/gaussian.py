@@ -71,8 +71,8 @@ def fit_gaussian_prior(
         ValueError: The channel is not linear or not Gaussian, or the rank does not fit.
 
     References:
-        DiffEM (arXiv 2510.12691), section 5 (initialization); Rozet et al. 2024 (arXiv
-        2405.13712), appendix on the Gaussian initialization.
+        Rozet et al. 2024 (arXiv 2405.13712) and DiffEM (arXiv 2510.12691): Gaussian
+        initialization.
     """
     require_linear_gaussian(channel, "the Gaussian start")
     if iterations < 1:

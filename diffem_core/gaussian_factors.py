@@ -10,8 +10,7 @@ takes d from what is left. Every round raises the likelihood, at a cost linear i
 observations and of entries.
 
 References:
-    Rubin and Thayer 1982 (EM algorithms for ML factor analysis), sections 2 and 3, with missing
-    data.
+    Rubin and Thayer 1982 (EM algorithms for ML factor analysis), here with missing data.
 """
 
 from __future__ import annotations

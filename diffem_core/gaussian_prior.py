@@ -61,8 +61,7 @@ class GaussianPrior:
             variance of the others.
 
         References:
-            Tipping and Bishop 1999 (Mixtures of probabilistic principal component analysers),
-            appendix A.
+            Tipping and Bishop 1999 (Mixtures of probabilistic principal component analysers).
         """
         x = x.flatten(1).double()
         size = x.shape[1]

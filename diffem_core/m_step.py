@@ -74,8 +74,7 @@ def denoising_loss(
         mean_i (1 / sigma_i^2 + 1) mean_entries (f(x_i + sigma_i z_i) - x_i)^2, of shape ().
 
     References:
-        DiffEM (arXiv 2510.12691), equation of the M-step; EDM (arXiv 2206.00364), table 1 with
-        sigma_data = 1.
+        DiffEM (arXiv 2510.12691), M-step; EDM (arXiv 2206.00364), table 1 with sigma_data = 1.
     """
     sigma = sigma_t.reshape(-1, *[1] * (x.ndim - 1))
     error = denoiser(torch.addcmul(x, sigma, z), sigma_t, condition) - x
@@ -143,7 +142,7 @@ def m_step(
         FloatingPointError: A loss or a gradient is not finite.
 
     References:
-        DiffEM (arXiv 2510.12691), algorithm 1 and equation of the M-step.
+        DiffEM (arXiv 2510.12691), M-step.
     """
     _check(x_hat, channel, steps=steps, batch_size=batch_size, recorruption=recorruption)
     if not 0 <= drop_condition < 1:

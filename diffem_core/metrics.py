@@ -77,7 +77,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         The distance, not negative.
 
     References:
-        Heusel et al. 2017 (FID, arXiv 1706.08500), equation 6.
+        Heusel et al. 2017 (FID, arXiv 1706.08500).
     """
     for name, features in (("a", a), ("b", b)):
         if features.ndim != 2 or len(features) < 2:
@@ -156,8 +156,7 @@ def sinkhorn_divergence(
         ValueError: The dimensions differ, or a number is out of range.
 
     References:
-        Feydy et al. 2019 (arXiv 1810.08278), equations 3 and 26; Chizat et al. 2020 (arXiv
-        2006.08172).
+        Feydy et al. 2019 (arXiv 1810.08278), equation 3; Chizat et al. 2020 (arXiv 2006.08172).
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(

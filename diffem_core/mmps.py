@@ -11,7 +11,7 @@ of x given x_t under a Gaussian prior of x, sigma_t^2 I - sigma_t^4 (S + sigma_t
 every sample has step lengths of its own.
 
 References:
-    Rozet et al. 2024 (arXiv 2405.13712), section 4, equations 10 to 16.
+    Rozet et al. 2024 (arXiv 2405.13712), moment matching posterior sampling.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def mmps_denoise(
         Estimates of the shape of x_t.
 
     References:
-        Rozet et al. 2024 (arXiv 2405.13712), algorithm 2.
+        Rozet et al. 2024 (arXiv 2405.13712), moment matching posterior sampling.
     """
     variance = sigma_t.reshape(-1, *[1] * (x_t.ndim - 1)).square()
     with torch.enable_grad():

@@ -72,7 +72,7 @@ def observation_divergence(
         The divergence, with equal numbers on both sides (the smaller of n and m).
 
     References:
-        DiffEM (arXiv 2510.12691), theorem on the monotone divergence in observation space.
+        DiffEM (arXiv 2510.12691), monotonic improvement property.
     """
     features = _features(channel, scaling, y, params)
     directions = unit_directions(

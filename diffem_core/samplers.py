@@ -59,7 +59,7 @@ def ddpm(
         ValueError: The grid is not decreasing.
 
     References:
-        DiffEM (arXiv 2510.12691), section 5; Rozet et al. 2024 (arXiv 2405.13712), equation 6.
+        Ho et al. 2020 (DDPM, arXiv 2006.11239), written for the variance-exploding process.
     """
     x, grid, levels = _begin(sigmas, noise, shape, x_start)
     for i, level in enumerate(levels[:-1]):
@@ -99,8 +99,7 @@ def ddim(
         ValueError: The grid is not decreasing.
 
     References:
-        Song et al. 2021 (DDIM, arXiv 2010.02502), equation 13, written for the variance-exploding
-        process.
+        Song et al. 2021 (DDIM, arXiv 2010.02502), section 4.3, for the variance-exploding process.
     """
     x, grid, levels = _begin(sigmas, noise, shape, x_start)
     for i, level in enumerate(levels[:-1]):
@@ -141,8 +140,8 @@ def dpm_solver(
         ValueError: The grid is not decreasing.
 
     References:
-        Lu et al. 2022 (DPM-Solver++, arXiv 2211.01095), algorithms 2 and appendix on SDE-DPM-
-        Solver++(2M), alpha = 1.
+        Lu et al. 2022 (DPM-Solver++, arXiv 2211.01095), algorithm 2 and its SDE form, with alpha =
+        1.
     """
     x, grid, levels = _begin(sigmas, noise, shape, x_start)
     previous: Tensor | None = None
@@ -236,8 +235,7 @@ def predictor_corrector(
         ValueError: The grid is not decreasing, or a number is out of range.
 
     References:
-        Song et al. 2021 (arXiv 2011.13456), algorithm 4; Rozet et al. 2024 (arXiv 2405.13712),
-        algorithm 3.
+        Song et al. 2021 (arXiv 2011.13456), appendix G; Rozet et al. 2024 (arXiv 2405.13712).
     """
     if corrections < 0 or not 0 < tau < 1:
         raise ValueError(

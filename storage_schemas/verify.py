@@ -166,7 +166,6 @@ def recover(store: RunStore) -> VerifyReport:
     """
     report = verify(store, quick=True)
     repair(store, report)
-    store.objects.sweep()
     return report
 
 

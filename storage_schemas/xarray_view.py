@@ -117,7 +117,7 @@ def _iteration(iteration: IterationStore) -> xr.Dataset:
 
 def _group(objects: ObjectStore, path: str, group: str | None = None) -> xr.Dataset:
     dataset: xr.Dataset = xr.open_zarr(
-        objects.zarr_store(path), group=group, consolidated=False, zarr_format=3, chunks=None
+        objects.zarr_store(path), group=group, consolidated=True, zarr_format=3, chunks=None
     )
     return dataset
 

@@ -8,9 +8,11 @@ from datetime import timedelta
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from storage_schemas import lease as lease_module
 from storage_schemas.documents import read_json, write_json
 from storage_schemas.lease import LeaseHeld, LeaseLost, LeaseRecord, RunLease, read_lease
 from storage_schemas.objects import ObjectStore
@@ -113,15 +115,68 @@ def test_who_loses_the_lease_notices(any_url: str) -> None:
     with RunLease(objects, owner="second", take_over=True) as second:
         with pytest.raises(LeaseLost, match=r"was taken over by second \(process .*resume"):
             first.check()
-        time.sleep(0.1)  # a few heartbeats
         second.check()
         with pytest.raises(LeaseLost):
             first.check()
         first.release()
+        assert objects.children("lease") == ["000002.json"]
         second.check()
         record = read_lease(objects)
         assert record is not None
         assert (record.owner, record.released) == ("second", False)
+
+
+def test_the_heartbeat_itself_notices_the_loss(tmp_path: Path) -> None:
+    objects = ObjectStore(str(tmp_path))
+    with RunLease(objects, heartbeat_seconds=0.02) as first, RunLease(objects, take_over=True):
+        assert first._thread is not None
+        first._thread.join(20)
+        assert not first._thread.is_alive()
+        assert first._lost is not None
+
+
+@pytest.mark.parametrize("take_over", [False, True])
+def test_who_comes_in_between_is_not_pushed_out(
+    take_over: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another acquires after the old lease was judged and before the new one is created."""
+    objects = ObjectStore(str(tmp_path))
+    with RunLease(objects):
+        pass
+    other = RunLease(objects, owner="other")
+    create = lease_module.create_json
+
+    def with_another_before(*arguments: Any) -> None:
+        monkeypatch.setattr(lease_module, "create_json", create)
+        other.acquire()
+        create(*arguments)
+
+    monkeypatch.setattr(lease_module, "create_json", with_another_before)
+    with pytest.raises(LeaseHeld, match="written by other"):
+        RunLease(objects, take_over=take_over).acquire()
+    other.check()
+    other.release()
+
+
+def test_a_number_is_that_of_the_judged_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = ObjectStore(str(tmp_path))
+    with RunLease(objects):
+        pass
+    other = RunLease(objects, owner="other")
+    judge = RunLease._require_available
+
+    def with_another_after(self: RunLease, number: int) -> None:
+        judge(self, number)
+        monkeypatch.setattr(RunLease, "_require_available", judge)
+        other.acquire()
+
+    monkeypatch.setattr(RunLease, "_require_available", with_another_after)
+    with pytest.raises(LeaseHeld, match="written by other"):
+        RunLease(objects).acquire()
+    other.check()
+    other.release()
 
 
 def test_a_heartbeat_renews_and_its_absence_is_noticed(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 
 from storage_schemas.config import MStepConfig, RunnerConfig
 from storage_schemas.documents import encode_json
@@ -20,7 +21,9 @@ from storage_schemas.errors import (
 from storage_schemas.iteration_store import IterationStore
 from storage_schemas.lease import RunLease
 from storage_schemas.objects import ObjectStore
+from storage_schemas.provenance import collect_provenance
 from storage_schemas.run_store import RunStore, config_differences
+from storage_schemas.verify import verify
 from tests.storage.tiny_run import (
     PROVENANCE,
     draw,
@@ -268,6 +271,9 @@ def test_another_model_takes_back_the_commits_that_followed(complete_run: RunSto
     )
     resume_iteration(complete_run, 0)
     assert [manifest.iteration for manifest in complete_run.completed()] == [0]
+    [fault] = verify(complete_run).damaged
+    assert fault.path == "iterations/001/iteration.json"
+    assert fault.problem == "was computed from another model than the one before it"
     resume_iteration(complete_run, 1)
     assert [manifest.iteration for manifest in complete_run.completed()] == [0, 1]
     assert complete_run.completed()[1].parent_digest == record.sha256
@@ -278,6 +284,7 @@ def test_status_needs_neither_zarr_nor_xarray(complete_run: RunStore) -> None:
     code = f"""
 import json, sys
 from storage_schemas.lease import read_lease
+from storage_schemas.provenance import collect_provenance
 from storage_schemas.run_store import RunStore
 store = RunStore.open({complete_run.url!r})
 print(json.dumps([m.metrics.numbers() for m in store.completed()]))
@@ -291,6 +298,17 @@ assert not {{"zarr", "xarray", "torch", "fsspec", "safetensors"}} & set(sys.modu
         {"psnr": 20.0, "distance": None},
         {"psnr": 21.0, "distance": None},
     ]
+
+
+def test_the_provenance_names_commit_and_packages() -> None:
+    found = collect_provenance()
+    assert found.packages["zarr"] == zarr.__version__
+    assert found.packages["numpy"] == np.__version__
+    head = ["git", "rev-parse", "--short=12", "HEAD"]
+    shown = subprocess.run(head, capture_output=True, text=True, cwd=Path(__file__).parent)
+    if shown.returncode:
+        pytest.skip("not a git checkout")
+    assert found.code_version.removesuffix(".dirty").endswith(f"+{shown.stdout.strip()}")
 
 
 def test_an_iteration_counts_from_zero(tmp_path: Any) -> None:
