@@ -139,8 +139,8 @@ def _work(store: RunStore, console: Console, *, take_over: bool) -> Summary:
         except Exception as error:
             if "Failed to reach API" in str(error):
                 raise RunFailed(
-                    f"{error}: no Prefect server answers there; start it (prefect server start), or "
-                    "unset PREFECT_API_URL to use the embedded one"
+                    f"{error}: no Prefect server answers there; start it (prefect server start), "
+                    "or unset PREFECT_API_URL to use the embedded one"
                 ) from error
             raise RunFailed(
                 f"{type(error).__name__}: {error}\nwhat is done stays done; the same command "
