@@ -130,7 +130,7 @@ def _print_history(
     for _, heading, _ in shown:
         table.add_column(heading, justify="right", no_wrap=True)
     for heading in ("E-step s", "M-step s", "evaluation s"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for step in steps:
         cells = [_number(step, name, form) for name, _, form in shown]
         if step.iteration is None:
@@ -174,7 +174,7 @@ def _print_history(
 def _console() -> Console:
     """Return standard output, wide enough for a table where it is no terminal."""
     console = Console()
-    return console if console.is_terminal else Console(width=150)
+    return console if console.is_terminal else Console(width=170)
 
 
 def _number(step: StepStatus, name: str, form: str) -> str:
