@@ -278,7 +278,8 @@ def _errors(
             hidden, _ = masked_rmse(estimate, clean, repeated)
             values[f"hidden_rmse_{name}"] = Metric(
                 value=_finite(hidden * scaling.scale),
-                long_name=f"the same on hidden entries only, {what}",
+                long_name=f"root mean squared error of {what} on hidden entries, held out, "
+                "network units",
                 better="lower",
             )
     values["spread_ratio"] = _spread_ratio(draws, mean, x, selection)

@@ -117,7 +117,7 @@ def _work(store: RunStore, console: Console, *, take_over: bool) -> Summary:
     preload = threading.Thread(target=_preload, name="diffem-preload", daemon=True)
     preload.start()
     with use_reporter(reporter), contextlib.ExitStack() as starting:
-        starting.enter_context(reporter.stage("starting Prefect and PyTorch", total=1, unit=""))
+        starting.enter_context(reporter.stage("starting Prefect and PyTorch", total=None, unit=""))
         from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
         from pipelines.flows import em_run

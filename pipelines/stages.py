@@ -32,10 +32,15 @@ from diffem_core.training import TrainingState
 from pipelines import build
 from pipelines.evaluation import Evaluation, Observed, Truth, evaluate, work_of
 from pipelines.preview import image_preview, vector_preview
-from pipelines.progress import stage
+from pipelines.progress import reporter, stage
 from pipelines.sources import load_clean_samples
 from storage_schemas.config import FrechetDistance, RunConfig
-from storage_schemas.manifests import ObjectRecord, StageRecord
+from storage_schemas.manifests import (
+    IterationManifest,
+    ObjectRecord,
+    StageRecord,
+    StartManifest,
+)
 from storage_schemas.objects import redact_url
 from storage_schemas.observations import ObservationBlock, Observations
 from storage_schemas.run_store import RunStore
@@ -186,7 +191,8 @@ def fit_start(run_url: str) -> Json:
     evaluation = folder.stage("evaluate", parent_digest=model_digest)
     if evaluation is None:
         evaluation = _judge(bench, folder, bench.posterior(0, model_digest), "start", model_digest)
-    folder.commit(metrics=folder.metrics(), stages={"fit": fit, "evaluate": evaluation})
+    manifest = folder.commit(metrics=folder.metrics(), stages={"fit": fit, "evaluate": evaluation})
+    _announce("start", manifest)
     return {"model_digest": model_digest, "reused": False}
 
 
@@ -318,7 +324,7 @@ def e_step_shard(
     rows = slice(*plan.rows(shard))
     observed = _observed(bench.store.observations("train"), rows)
     name = f"iteration {iteration:03d} · E-step · shard {shard + 1}/{plan.shards}"
-    with stage(name, total=len(observed), unit="images") as advance:
+    with stage(name, total=len(observed), unit="samples") as advance:
         x_hat = e_step(
             bench.posterior(iteration, parent_digest),
             observed.y,
@@ -472,7 +478,20 @@ def commit_iteration(run_url: str, iteration: int, shards_reused: int) -> Json:
         assert record is not None, f"the flow commits after {name}"
         stages[name] = record
     manifest = folder.commit(metrics=folder.metrics(), stages=stages)
+    _announce(f"iteration {iteration:03d}", manifest)
     return {"model_digest": manifest.model_digest}
+
+
+def _announce(title: str, manifest: StartManifest | IterationManifest) -> None:
+    """Tell in one line how good the model of a committed stage is."""
+    values = {} if manifest.metrics is None else manifest.metrics.values
+    told = [
+        f"{name} {metric.value:.3f}"
+        for name in ("divergence", "hidden_rmse_mean", "rmse_mean", "distance")
+        if (metric := values.get(name)) is not None and metric.value is not None
+    ]
+    seconds = sum(record.seconds for record in manifest.stages.values())
+    reporter().note(f"{title}: {', '.join([*told, f'{seconds:.1f} s'])}")
 
 
 # ----------------------------------------------------------------------------------- evaluation
