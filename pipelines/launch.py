@@ -133,7 +133,7 @@ def _work(store: RunStore, console: Console, *, take_over: bool) -> Summary:
             run = run.with_options(result_storage=folder)
         try:
             with temporary_settings(settings):
-                return Summary.model_validate(run(store.url, take_over=take_over))
+                return Summary.model_validate(run(_address(store), take_over=take_over))
         except (ValueError, LeaseHeld):
             raise
         except Exception as error:
@@ -153,6 +153,12 @@ def _preload() -> None:
     with contextlib.suppress(Exception):
         for name in _HEAVY:
             importlib.import_module(name)
+
+
+def _address(store: RunStore) -> str:
+    """Return what opens the run from any folder: it is a parameter of the flow."""
+    local = store.objects.local_path
+    return store.url if local is None else str(Path(local).resolve())
 
 
 def _result_folder(store: RunStore) -> Path | None:

@@ -7,6 +7,7 @@ import yaml
 
 from pipelines.config_io import ConfigError, load_config, parse_override
 from storage_schemas.config import RunConfig
+from storage_schemas.json_schema import run_config_schema
 
 EXPERIMENTS = sorted(Path("deploy/experiments").glob("*.yaml"))
 DIGITS = "deploy/experiments/digits.yaml"
@@ -15,6 +16,13 @@ DIGITS = "deploy/experiments/digits.yaml"
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_ready_experiments_are_valid_and_named_after_their_file(path: Path) -> None:
     assert load_config(str(path)).name == path.stem.replace("_", "-")
+
+
+def test_the_schema_for_editors_is_the_one_of_the_code() -> None:
+    stored = Path("deploy/run-config.schema.json").read_text()
+    assert stored == run_config_schema(), (
+        "write run_config_schema() to deploy/run-config.schema.json"
+    )
 
 
 def test_overrides_replace_values_in_order() -> None:

@@ -108,7 +108,7 @@ def test_a_death_elsewhere_cannot_be_told(fields: dict[str, str], tmp_path: Path
 
 def test_who_loses_the_lease_notices(any_url: str) -> None:
     objects = ObjectStore(any_url)
-    first = RunLease(objects, owner="first", heartbeat_seconds=0.02)
+    first = RunLease(objects, owner="first")
     first.acquire()
     with pytest.raises(LeaseHeld):
         RunLease(objects).acquire()
