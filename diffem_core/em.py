@@ -1,7 +1,7 @@
 """The whole of DiffEM in memory: E-steps and M-steps in turn, from a first posterior.
 
-    for k = 0, 1, ...:   x_hat_i ~ q_k(x | y_i) for every observation;   q_(k+1) <- M-step on
-    (x_hat_i)
+    for k = 0, 1, ...:   x_hat_i ~ q_k(x | y_i)  for every observation
+                         q_(k+1) <- M-step on (x_hat_i)
 
 For data that fit into memory and runs that need no resuming. The pipelines do the same in shards,
 with checkpoints.
