@@ -96,10 +96,8 @@ def em_iteration(run_url: str, iteration: int) -> Json:
         shard.result()
     digest = stages.reconstructions_digest(run_url, iteration)
     m_step_done = stages.is_done(run_url, iteration, "m_step", digest)
-    model = task_m_step.with_options(refresh_cache=not m_step_done)(
-        run_url, iteration, config, digest
-    )
-    digest = model["model_digest"]
+    task_m_step.with_options(refresh_cache=not m_step_done)(run_url, iteration, config, digest)
+    digest = stages.model_digest(run_url, iteration)
     evaluate_done = stages.is_done(run_url, iteration, "evaluate", digest)
     task_evaluate.with_options(refresh_cache=not evaluate_done)(run_url, iteration, config, digest)
     task_commit(run_url, iteration, plan["shards"] - len(missing))

@@ -57,6 +57,7 @@ __all__ = [
     "is_done",
     "lay_out_iteration",
     "model_before",
+    "model_digest",
     "prepare_observations",
     "reconstructions_digest",
     "recover",
@@ -290,6 +291,13 @@ def lay_out_iteration(run_url: str, iteration: int) -> Json:
 def reconstructions_digest(run_url: str, iteration: int) -> str:
     """Return the digest of an iteration's reconstructions: what its M-step works from."""
     return RunStore.open(run_url).iteration(iteration).reconstructions_digest()
+
+
+def model_digest(run_url: str, iteration: int) -> str:
+    """Return the digest of the model that an iteration's M-step made, as the store tells it."""
+    record = RunStore.open(run_url).iteration(iteration).stage("m_step", checksum=False)
+    assert record is not None, "the flow asks after the M-step"
+    return record.objects["model.safetensors"].sha256
 
 
 def is_done(run_url: str, iteration: int, name: str, parent_digest: str) -> bool:

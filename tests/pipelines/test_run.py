@@ -170,6 +170,24 @@ def test_a_run_interrupted_in_the_m_step_ends_with_the_same_bytes(
     assert not (url / "iterations/000/checkpoint/state.safetensors").exists()
 
 
+def test_what_prefect_remembers_never_overrules_the_store(
+    tiny_config: Path, tmp_path: Path, finished: Path
+) -> None:
+    import shutil
+
+    url = tmp_path / "run"
+    make_run(url, tiny_config)
+    (url / "iterations/001/iteration.json").unlink()
+    (url / "iterations/001/stages/evaluate.json").unlink()
+    for number in (0, 1):
+        shutil.rmtree(url / f"iterations/00{number}/shards")
+    # Prefect's cache still holds a record of every shard, M-step and evaluation of this config.
+    summary = make_run(url, tiny_config)
+    assert summary["iterations"]["0"]["shards_reused"] == 0
+    assert results_of(url) == results_of(finished)
+    assert verify(str(url)).ok
+
+
 def test_a_failed_shard_keeps_the_others(
     tiny_config: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
