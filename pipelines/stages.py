@@ -9,6 +9,7 @@ run in any process that reaches the store.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -65,6 +66,9 @@ __all__ = [
 ]
 
 Json = dict[str, Any]
+
+# Images that the evaluation's classifier sees in its training, each as often as needed.
+_CLASSIFIER_IMAGES = 30_000
 
 # Observations are corrupted in blocks of this many, each with a seed of its own. Changing it
 # changes the data of every run.
@@ -579,6 +583,7 @@ def _classifier(run_url: str, config_digest: str) -> DigitClassifier:
         torch.from_numpy(labels),
         scaling=build.build_scaling(store.config.data),
         seed=derive_seed(store.config.seed, "classifier"),
+        epochs=math.ceil(_CLASSIFIER_IMAGES / len(x)),
     )
 
 
