@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,31 @@ OVERRIDES = ["m_step.checkpoint_seconds=1e-9", "m_step.steps=150", "e_step.shard
 def command(config: Path, url: Path) -> list[str]:
     sets = [part for override in OVERRIDES for part in ("--set", override)]
     return [sys.executable, "-m", "pipelines.cli", "run", str(config), "--store", str(url), *sets]
+
+
+@contextmanager
+def running(
+    config: Path, url: Path, environment: dict[str, str], *, until: Callable[[Path], bool]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a run, wait for a moment in it, and kill it on leaving."""
+    process = subprocess.Popen(
+        command(config, url),
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not until(url):
+            assert process.poll() is None, "the run ended before the moment came"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        yield process
+    finally:
+        # The whole group: the embedded server is the process's child.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def finish(config: Path, url: Path, environment: dict[str, str]) -> str:
@@ -76,23 +102,8 @@ def test_killed_and_run_again(
     undisturbed: dict[str, str],
 ) -> None:
     url = tmp_path / "run"
-    process = subprocess.Popen(
-        command(tiny_config, url),
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not MOMENTS[moment](url):
-            assert process.poll() is None, "the run ended before the moment came"
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-    finally:
-        # The whole group: the embedded server is the process's child.
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with running(tiny_config, url, environment, until=MOMENTS[moment]):
+        pass
 
     store = RunStore.open(str(url))
     completed = len(store.completed())
@@ -112,19 +123,7 @@ def test_a_second_process_is_refused_while_the_first_works(
     tmp_path: Path, tiny_config: Path, environment: dict[str, str]
 ) -> None:
     url = tmp_path / "run"
-    first = subprocess.Popen(
-        command(tiny_config, url),
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not some_shards(url):
-            assert first.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+    with running(tiny_config, url, environment, until=some_shards) as first:
         second = subprocess.run(
             command(tiny_config, url), env=environment, capture_output=True, text=True, timeout=120
         )
@@ -132,6 +131,3 @@ def test_a_second_process_is_refused_while_the_first_works(
         assert "is being written by" in second.stderr
         assert f"process {first.pid}" in second.stderr
         assert "Traceback" not in second.stderr
-    finally:
-        os.killpg(first.pid, signal.SIGKILL)
-        first.wait()
