@@ -1,0 +1,206 @@
+"""The corruption Q(y | x)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from storage_schemas._base import Record
+
+__all__ = [
+    "ChannelConfig",
+    "CompressedSensingChannel",
+    "CustomChannel",
+    "DeepinvChannel",
+    "DeepinvPart",
+    "DenoisingChannel",
+    "GaussianBlurChannel",
+    "JpegChannel",
+    "MriChannel",
+    "Operators",
+    "PoissonChannel",
+    "QuantizationChannel",
+    "RandomMaskChannel",
+    "RandomMatrixChannel",
+    "SuperResolutionChannel",
+    "Target",
+]
+
+Operators = Literal["drawn", "observed"]
+"""Where the operators of the M-step come from: the channel's own generator, or those of the
+training observations, resampled."""
+
+Target = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+"""A class or function of yours, as `package.module:Name`."""
+
+
+class RandomMaskChannel(Record):
+    """Inpainting: each pixel (all bands together) is seen with a probability, under noise."""
+
+    kind: Literal["random_mask"] = "random_mask"
+    keep: float = Field(gt=0, le=1)
+    """Probability that a pixel is seen, in (0, 1]."""
+    noise_std: NonNegativeFloat
+    """Standard deviation of the noise on seen pixels, in the data's own units."""
+    operators: Operators = "drawn"
+    """Masks of the M-step: drawn afresh, or resampled from those of the observations."""
+
+
+class RandomMatrixChannel(Record):
+    """Compressive sensing of vectors: per sample a dense matrix with rows on the unit sphere."""
+
+    kind: Literal["random_matrix"] = "random_matrix"
+    rows: PositiveInt = 2
+    """Measurements per sample."""
+    noise_std: NonNegativeFloat = 1e-2
+    """Standard deviation of the noise on each measurement, in the data's own units."""
+    operators: Operators = "drawn"
+    """Matrices of the M-step: drawn afresh, or resampled from those of the observations."""
+
+
+class DenoisingChannel(Record):
+    """Images under additive Gaussian noise."""
+
+    kind: Literal["denoising"] = "denoising"
+    noise_std: PositiveFloat
+    """Standard deviation of the noise, in the data's own units."""
+
+
+class SuperResolutionChannel(Record):
+    """Images averaged over square blocks of pixels, under Gaussian noise."""
+
+    kind: Literal["super_resolution"] = "super_resolution"
+    factor: int = Field(2, ge=2)
+    """Side of a block; it divides height and width."""
+    noise_std: NonNegativeFloat
+    """Standard deviation of the noise, in the data's own units."""
+
+
+class GaussianBlurChannel(Record):
+    """Images blurred by a Gaussian (around the edges), under Gaussian noise."""
+
+    kind: Literal["gaussian_blur"] = "gaussian_blur"
+    sigma: PositiveFloat
+    """Standard deviation of the blur, in pixels."""
+    noise_std: NonNegativeFloat
+    """Standard deviation of the noise, in the data's own units."""
+
+
+class CompressedSensingChannel(Record):
+    """Random projections of images, the same for all samples, under Gaussian noise."""
+
+    kind: Literal["compressed_sensing"] = "compressed_sensing"
+    measurements: PositiveInt
+    """Projections per sample."""
+    noise_std: NonNegativeFloat
+    """Standard deviation of the noise on each projection, in the data's own units."""
+    seed: NonNegativeInt = 0
+    """Seed of the projections, which belong to the instrument and not to the run."""
+
+
+class MriChannel(Record):
+    """Accelerated single-coil MRI: random columns of k-space, complex images as two bands."""
+
+    kind: Literal["mri"] = "mri"
+    acceleration: float = Field(ge=1)
+    """Columns per measured column, on average."""
+    center: float = Field(0.08, ge=0, lt=1)
+    """Fraction of the columns, around zero frequency, that are always measured."""
+    noise_std: NonNegativeFloat
+    """Standard deviation of the noise on real and imaginary parts, in the data's own units."""
+    operators: Operators = "drawn"
+    """Masks of the M-step: drawn afresh, or resampled from those of the observations."""
+
+
+class PoissonChannel(Record):
+    """Photon counts: y = gain Poisson(max(x, 0) / gain)."""
+
+    kind: Literal["poisson"] = "poisson"
+    gain: PositiveFloat
+    """Data units per photon."""
+
+
+class QuantizationChannel(Record):
+    """Gaussian noise, then clipping to a range and rounding to even levels."""
+
+    kind: Literal["quantization"] = "quantization"
+    low: float
+    """Smallest value that comes out, in the data's own units."""
+    high: float
+    """Largest value that comes out, in the data's own units."""
+    levels: int = Field(ge=2)
+    """Number of levels."""
+    noise_std: NonNegativeFloat = 0.0
+    """Standard deviation of the noise before the rounding, in the data's own units."""
+
+
+class JpegChannel(Record):
+    """Images that were saved as JPEG and read again."""
+
+    kind: Literal["jpeg"] = "jpeg"
+    quality: int = Field(ge=1, le=100)
+    """JPEG's quality."""
+    low: float
+    """Value that is saved as 0, in the data's own units."""
+    high: float
+    """Value that is saved as 255, in the data's own units."""
+
+
+class DeepinvPart(Record):
+    """A class of deepinv and its arguments."""
+
+    name: str
+    """Name of the class."""
+    arguments: dict[str, JsonValue] = Field(default_factory=dict)
+    """Its keyword arguments; `img_size` is filled in where it is taken and not given."""
+
+
+class DeepinvChannel(Record):
+    """Any physics of deepinv on images, named with its arguments."""
+
+    kind: Literal["deepinv"] = "deepinv"
+    physics: str
+    """Class in `deepinv.physics`, for example `MRI`."""
+    arguments: dict[str, JsonValue] = Field(default_factory=dict)
+    """Its keyword arguments; `img_size` is filled in where it is taken and not given."""
+    generator: DeepinvPart | None = None
+    """Class in `deepinv.physics.generator` that draws per-sample operators."""
+    noise: DeepinvPart | None = None
+    """Noise model in `deepinv.physics`, for example `GaussianNoise` with `sigma`; none by
+    default."""
+    estimate: Literal["y", "A_adjoint", "A_dagger"] = "A_adjoint"
+    """What the network sees of an observation, in the shape of x."""
+    maps: tuple[str, ...] = ()
+    """The operator's parameters that the network sees as well, such as `mask`."""
+    operators: Operators = "drawn"
+    """Operators of the M-step: drawn afresh, or resampled from those of the observations."""
+
+
+class CustomChannel(Record):
+    """A channel of your own: a `diffem_core.Channel`, built as `Name(x_shape, **arguments)`."""
+
+    kind: Literal["custom"] = "custom"
+    target: Target
+    """Where it is, as `package.module:Name`."""
+    arguments: dict[str, JsonValue] = Field(default_factory=dict)
+    """Its keyword arguments."""
+    operators: Operators = "drawn"
+    """Operators of the M-step: drawn afresh, or resampled from those of the observations."""
+
+
+ChannelConfig = Annotated[
+    RandomMaskChannel
+    | RandomMatrixChannel
+    | DenoisingChannel
+    | SuperResolutionChannel
+    | GaussianBlurChannel
+    | CompressedSensingChannel
+    | MriChannel
+    | PoissonChannel
+    | QuantizationChannel
+    | JpegChannel
+    | DeepinvChannel
+    | CustomChannel,
+    Field(discriminator="kind"),
+]

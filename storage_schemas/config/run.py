@@ -1,0 +1,192 @@
+"""The whole config, and where the work is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from storage_schemas._base import Record
+from storage_schemas.config.channel import ChannelConfig, CustomChannel, RandomMatrixChannel
+from storage_schemas.config.data import DataConfig
+from storage_schemas.config.em import (
+    EStepConfig,
+    GaussianStart,
+    JointPrior,
+    MMPSConfig,
+    MMPSStart,
+    MStepConfig,
+    PriorConfig,
+    StartConfig,
+)
+from storage_schemas.config.evaluation import EvaluationConfig, FrechetDistance
+from storage_schemas.config.model import (
+    BetaTime,
+    CustomNetwork,
+    MlpNetwork,
+    NetworkConfig,
+    ScheduleConfig,
+    TimeConfig,
+    VELogLinear,
+)
+
+__all__ = ["RunConfig", "RunnerConfig"]
+
+
+class RunnerConfig(Record):
+    """Where the work is done. Changes no number on one kind of machine."""
+
+    kind: Literal["local"] = "local"
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`."""
+    threads: PositiveInt | None = None
+    """Processor threads; all cores by default."""
+
+
+class RunConfig(Record):
+    """Everything that determines a run."""
+
+    schema_version: Literal[1] = 1
+    """Version of this schema."""
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
+    """Name of the run: lower-case letters, digits, dashes and underscores."""
+    description: str = ""
+    """One line for people."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """The seed from which every random number of the run is derived."""
+    iterations: PositiveInt
+    """EM iterations."""
+    method: Literal["diffem", "em-mmps"] = "diffem"
+    """DiffEM (a conditional model is the posterior), or EM-MMPS (an unconditional model, with
+    moment-matching posterior sampling; linear channels with Gaussian noise)."""
+    data: DataConfig
+    """Where the observations come from."""
+    channel: ChannelConfig
+    """The corruption Q(y | x)."""
+    network: NetworkConfig
+    """The network inside the denoiser."""
+    schedule: ScheduleConfig = VELogLinear()
+    """Noise level as a function of time."""
+    time: TimeConfig = BetaTime()
+    """Distribution of the time at which the denoiser is trained."""
+    start: StartConfig = GaussianStart()
+    """What makes the first reconstructions."""
+    e_step: EStepConfig = EStepConfig()
+    """How reconstructions are drawn."""
+    m_step: MStepConfig
+    """How the model is refined on them."""
+    mmps: MMPSConfig = MMPSConfig()
+    """Posterior sampling of EM-MMPS; not used without it."""
+    prior: PriorConfig | None = None
+    """A model of clean data alone; none by default."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What is measured after each iteration."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the network; weights, losses and sampler states stay float32."""
+    runner: RunnerConfig = RunnerConfig()
+    """Where the work is done."""
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        problems = (
+            self._channel_problem(),
+            self._network_problem(),
+            self._distance_problem(),
+            self._sampler_problem(),
+            self._method_problem(),
+        )
+        for problem in problems:
+            if problem is not None:
+                raise ValueError(problem)
+        return self
+
+    def _channel_problem(self) -> str | None:
+        vectors = len(self.data.x_shape) == 1
+        if isinstance(self.channel, CustomChannel):
+            return None
+        if vectors == isinstance(self.channel, RandomMatrixChannel):
+            return None
+        known = "'random_matrix' or 'custom'" if vectors else "any but 'random_matrix'"
+        return (
+            f"channel.kind {self.channel.kind!r} does not fit data.kind {self.data.kind!r}, whose "
+            f"samples have shape {self.data.x_shape}; take {known}"
+        )
+
+    def _network_problem(self) -> str | None:
+        vectors = len(self.data.x_shape) == 1
+        if isinstance(self.network, CustomNetwork):
+            return None
+        if vectors == isinstance(self.network, MlpNetwork):
+            return None
+        known = "'mlp' or 'custom'" if vectors else "'unet', 'diffusers' or 'custom'"
+        return (
+            f"network.kind {self.network.kind!r} does not fit data.kind {self.data.kind!r}, whose "
+            f"samples have shape {self.data.x_shape}; take {known}"
+        )
+
+    def _distance_problem(self) -> str | None:
+        distance = self.evaluation.distance
+        if isinstance(distance, FrechetDistance) and not self.data.labelled:
+            return (
+                "evaluation.distance.kind 'frechet_classifier' needs labelled images but "
+                f"data.kind is {self.data.kind!r}; take another distance"
+            )
+        return None
+
+    def _sampler_problem(self) -> str | None:
+        sampler = self.e_step.sampler
+        high = sampler.sigma_start or self.schedule.sigma_max
+        low = sampler.sigma_end or self.schedule.sigma_min
+        if low >= high:
+            return (
+                f"e_step.sampler goes from noise level {high} to {low}, but noise must fall; set "
+                "sigma_start above sigma_end"
+            )
+        return None
+
+    def _method_problem(self) -> str | None:
+        mmps = self.method == "em-mmps"
+        if mmps and isinstance(self.start, MMPSStart):
+            return (
+                "start.kind is 'mmps' but method is 'em-mmps', which is that from its first "
+                "iteration on; take another start"
+            )
+        if mmps and isinstance(self.prior, JointPrior):
+            return (
+                "prior.kind is 'joint' but method is 'em-mmps', whose model is the prior already; "
+                "leave prior out, or take 'unconditional'"
+            )
+        if isinstance(self.start, MMPSStart) and self.start.laps >= self.iterations:
+            return (
+                f"start.laps is {self.start.laps} but there are {self.iterations} iterations, so "
+                "that none would be DiffEM; raise iterations, or set method: em-mmps"
+            )
+        if self.m_step.augmentation is not None and self.m_step.recorruption == "fixed":
+            return (
+                "m_step.augmentation is set but m_step.recorruption is 'fixed', under which "
+                "observations would no longer belong to the images; take 'fresh'"
+            )
+        return None
+
+    def identity(self) -> dict[str, Any]:
+        """Return the part of the config that determines the run's numbers, as JSON-able data."""
+        data = self.model_dump(mode="json", exclude={"description", "runner"})
+        if self.m_step.learning_rate.over != "run":
+            del data["iterations"]
+        del data["m_step"]["checkpoint_seconds"]
+        return data
+
+    def is_mmps(self, iteration: int) -> bool:
+        """Tell whether an iteration's model is unconditional, to be sampled from by MMPS."""
+        warm = isinstance(self.start, MMPSStart) and iteration < self.start.laps
+        return self.method == "em-mmps" or warm
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of `identity()` in canonical JSON, in hexadecimal."""
+        text = json.dumps(
+            self.identity(), sort_keys=True, separators=(",", ":"), ensure_ascii=True
+        )
+        return hashlib.sha256(text.encode()).hexdigest()
