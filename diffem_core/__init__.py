@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from diffem_core.augmentation import Augmentation
     from diffem_core.channel import Channel, RandomMask, RandomMatrix
     from diffem_core.classifier import DigitClassifier
+    from diffem_core.deepinv_channels import deepinv_channel
     from diffem_core.denoiser import Denoiser
     from diffem_core.e_step import e_step
     from diffem_core.em import EMIteration, em
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         log_likelihood,
     )
     from diffem_core.grids import karras_grid, log_linear_grid
+    from diffem_core.linear_solvers import conjugate_gradients
     from diffem_core.m_step import MStepResult, denoising_loss, m_step
     from diffem_core.metrics import (
         frechet_distance,
@@ -38,10 +40,12 @@ if TYPE_CHECKING:
         sinkhorn_divergence,
         sliced_wasserstein,
     )
-    from diffem_core.mmps import MMPSPosterior, conjugate_gradients, mmps_denoise
+    from diffem_core.mmps import MMPSPosterior, mmps_denoise
     from diffem_core.monitors import ObservationDivergence, observation_divergence
     from diffem_core.networks import MLP, SinusoidalEmbedding, UNet
+    from diffem_core.networks.diffusers_unet import DiffusersUNet
     from diffem_core.noise import SampleNoise
+    from diffem_core.observed_operators import with_observed_operators
     from diffem_core.physics_channels import (
         PhysicsChannel,
         accelerated_mri,
@@ -65,7 +69,7 @@ if TYPE_CHECKING:
         predictor_corrector,
     )
     from diffem_core.scaling import Scaling
-    from diffem_core.schedule import VELogLinear
+    from diffem_core.schedule import Schedule, VEKarras, VELogLinear
     from diffem_core.seeds import derive_seed, seeded_initialization
     from diffem_core.times import (
         BetaMixtureTime,
@@ -75,6 +79,7 @@ if TYPE_CHECKING:
         UniformTime,
     )
     from diffem_core.training import TrainingState
+    from diffem_core.validation import Validation
 
 _MODULES = {
     "physics_channels": (
@@ -95,10 +100,12 @@ _MODULES = {
     "augmentation": ("Augmentation",),
     "channel": ("Channel", "RandomMask", "RandomMatrix"),
     "classifier": ("DigitClassifier",),
+    "deepinv_channels": ("deepinv_channel",),
     "denoiser": ("Denoiser",),
     "e_step": ("e_step",),
     "gaussian": ("GaussianPosterior", "GaussianPrior", "fit_gaussian_prior", "log_likelihood"),
     "grids": ("karras_grid", "log_linear_grid"),
+    "linear_solvers": ("conjugate_gradients",),
     "m_step": ("MStepResult", "denoising_loss", "m_step"),
     "metrics": (
         "frechet_distance",
@@ -108,10 +115,12 @@ _MODULES = {
         "sinkhorn_divergence",
         "sliced_wasserstein",
     ),
-    "mmps": ("MMPSPosterior", "conjugate_gradients", "mmps_denoise"),
+    "mmps": ("MMPSPosterior", "mmps_denoise"),
     "monitors": ("ObservationDivergence", "observation_divergence"),
     "networks": ("MLP", "SinusoidalEmbedding", "UNet"),
+    "networks.diffusers_unet": ("DiffusersUNet",),
     "noise": ("SampleNoise",),
+    "observed_operators": ("with_observed_operators",),
     "posterior": ("DiffusionPosterior", "DiffusionPrior", "Posterior", "PseudoInverse"),
     "rates": ("constant_rate", "cosine_rate", "linear_rate"),
     "samplers": (
@@ -124,10 +133,11 @@ _MODULES = {
         "predictor_corrector",
     ),
     "scaling": ("Scaling",),
-    "schedule": ("VELogLinear",),
+    "schedule": ("Schedule", "VEKarras", "VELogLinear"),
     "seeds": ("derive_seed", "seeded_initialization"),
     "times": ("BetaMixtureTime", "BetaTime", "LogNormalTime", "TimeDistribution", "UniformTime"),
     "training": ("TrainingState",),
+    "validation": ("Validation",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -139,6 +149,7 @@ __all__ = [
     "Channel",
     "Denoise",
     "Denoiser",
+    "DiffusersUNet",
     "DiffusionPosterior",
     "DiffusionPrior",
     "DigitClassifier",
@@ -157,12 +168,15 @@ __all__ = [
     "SampleNoise",
     "Sampler",
     "Scaling",
+    "Schedule",
     "SinusoidalEmbedding",
     "TimeDistribution",
     "TrainingState",
     "UNet",
     "UniformTime",
+    "VEKarras",
     "VELogLinear",
+    "Validation",
     "accelerated_mri",
     "compressed_sensing",
     "conjugate_gradients",
@@ -170,6 +184,7 @@ __all__ = [
     "cosine_rate",
     "ddim",
     "ddpm",
+    "deepinv_channel",
     "denoising",
     "denoising_loss",
     "derive_seed",
@@ -198,6 +213,7 @@ __all__ = [
     "sinkhorn_divergence",
     "sliced_wasserstein",
     "super_resolution",
+    "with_observed_operators",
 ]
 
 

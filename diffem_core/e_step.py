@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from diffem_core.posterior import Posterior
+from diffem_core.seeds import derive_seed
 
-__all__ = ["e_step"]
+__all__ = ["e_step", "refreshed"]
 
 
 def e_step(
@@ -68,6 +69,31 @@ def e_step(
         if on_progress is not None:
             on_progress(len(part))
     return torch.cat(parts)
+
+
+def refreshed(sample_ids: Sequence[int], *, iteration: int, fraction: float, seed: int) -> Tensor:
+    """Choose the observations whose reconstructions a lazy E-step draws anew.
+
+    Observation i has its turn in iteration k where frac(k fraction + u_i) < fraction, with u_i
+    uniform in [0, 1) and its own: at even intervals of 1 / fraction iterations, rounded.
+
+    Arguments:
+        sample_ids: Ids of n observations.
+        iteration: EM iteration k.
+        fraction: Fraction of the observations in an iteration, in (0, 1].
+        seed: Seed of the phases u_i.
+
+    Returns:
+        Booleans of shape (n,).
+
+    Raises:
+        ValueError: The fraction is out of range.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"refreshed received fraction {fraction}; give a number in (0, 1]")
+    phases = [derive_seed(seed, int(i)) / 2**63 for i in sample_ids]
+    turns = torch.tensor(phases, dtype=torch.float64) + iteration * fraction
+    return turns.remainder(1.0) < fraction
 
 
 def _refuse_non_finite(x: Tensor, start: int) -> None:

@@ -21,7 +21,7 @@ from diffem_core.m_step import m_step
 from diffem_core.posterior import DiffusionPosterior, Posterior
 from diffem_core.samplers import Sampler
 from diffem_core.scaling import Scaling
-from diffem_core.schedule import VELogLinear
+from diffem_core.schedule import Schedule
 from diffem_core.seeds import derive_seed
 from diffem_core.times import BetaTime, TimeDistribution
 
@@ -57,7 +57,7 @@ def em(
     *,
     scaling: Scaling,
     sampler: Sampler,
-    schedule: VELogLinear,
+    schedule: Schedule,
     times: TimeDistribution | None = None,
     iterations: int,
     steps: int,

@@ -10,27 +10,32 @@ therefore, in closed form,
 
 which raises the observations' likelihood at every round. For many dimensions, EM for the factor
 model x = m + F u + e with u ~ N(0, I_R), e ~ N(0, diag(d)) does the same at a cost linear in the
-number of dimensions and observations.
+number of dimensions and observations: in closed form where A selects entries, and by conjugate
+gradients and draws for any other A (`gaussian_low_rank`).
 
-Everything here is computed in float64 and in the data's own units.
+Everything here is computed in float64 and in the data's own units, up to what the channel itself
+computes in float32.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
 
 from diffem_core.gaussian_factors import fit_factors
+from diffem_core.gaussian_low_rank import fit_low_rank
 from diffem_core.gaussian_prior import GaussianPrior
 from diffem_core.gaussian_systems import (
+    Solver,
     Systems,
     blocks,
     noise_variance,
     require_linear_gaussian,
+    require_small_dense,
     rows_of,
 )
 from diffem_core.noise import SampleNoise
@@ -57,18 +62,24 @@ def fit_gaussian_prior(
         y: Observations of shape (n, *y_shape), in the data's units.
         params: Their operator parameters.
         channel: A linear channel with Gaussian noise.
-        rank: Rank of the low-rank + diagonal covariance (channels that select entries only); None
-            for a full covariance.
+        rank: Rank of the low-rank + diagonal covariance, less than D; None for a full covariance.
+            Where A selects entries, EM is in closed form and the diagonal free. For any other A
+            the diagonal is one number, posterior means are solved for by conjugate gradients (to a
+            relative residual of 1e-5), and the mean posterior covariance is estimated from one
+            draw per observation.
         iterations: Rounds of EM.
-        seed: Seed of the low-rank start's random projection.
+        seed: Seed of the low-rank start's random projection and draws.
         on_progress: Called after each round with its number (from 1) and the mean log-likelihood
-            of an observation, in nats, under the prior that the round started from.
+            of an observation, in nats, under the prior that the round started from; NaN with a
+            rank where A does not select entries, since conjugate gradients give no likelihood.
 
     Returns:
         The prior, float64, on the device of y.
 
     Raises:
-        ValueError: The channel is not linear or not Gaussian, or the rank does not fit.
+        ValueError: The channel is not linear or not Gaussian, the rank does not fit, or a full
+            covariance would need systems that are too large.
+        FloatingPointError: Conjugate gradients do not converge.
 
     References:
         Rozet et al. 2024 (arXiv 2405.13712) and DiffEM (arXiv 2510.12691): Gaussian
@@ -77,19 +88,20 @@ def fit_gaussian_prior(
     require_linear_gaussian(channel, "the Gaussian start")
     if iterations < 1:
         raise ValueError(f"fit_gaussian_prior received {iterations} iterations; give at least 1")
-    mean, spread = _first_moments(y, params, channel)
     size = math.prod(channel.x_shape)
+    if rank is None:
+        require_small_dense(channel, "a full covariance", "set rank, to 32 for example")
+    elif not 1 <= rank < size + channel.selects:
+        raise ValueError(
+            f"fit_gaussian_prior received rank {rank}; give 1 to {size - 1 + channel.selects}, or "
+            "None"
+        )
+    mean, spread = _first_moments(y, params, channel)
     if rank is None:
         covariance = torch.eye(size, dtype=torch.float64, device=y.device) * spread**2
         return _fit_full(y, params, channel, mean, covariance, iterations, on_progress)
-    if not 1 <= rank <= size:
-        raise ValueError(f"fit_gaussian_prior received rank {rank}; give 1 to {size}, or None")
-    if not channel.selects:
-        raise ValueError(
-            f"{type(channel).__name__} does not just select entries, so its Gaussian start has no "
-            "low-rank form; leave rank unset for a full covariance"
-        )
-    return fit_factors(
+    fit = fit_factors if channel.selects else fit_low_rank
+    return fit(
         y,
         params,
         channel,
@@ -114,10 +126,18 @@ def log_likelihood(
         channel: A linear channel with Gaussian noise.
 
     Returns:
-        mean_i log N(y_i; A_i m, A_i S A_i' + sigma^2 I), in nats; hidden entries do not count.
+        mean_i log N(y_i; A_i m, A_i S A_i' + sigma^2 I), in nats; entries that a selecting A hides
+        do not count.
+
+    Raises:
+        ValueError: The channel is not linear or not Gaussian, or its systems are too large.
     """
     require_linear_gaussian(channel, "a Gaussian likelihood")
     systems = Systems.of(prior, channel)
+    if systems.iterative:
+        remedy = "compare restorations of held-out observations instead"
+        require_small_dense(channel, "a Gaussian likelihood", remedy)
+        systems = Systems.of(prior, channel, solver="dense")
     total = 0.0
     for rows in systems.chunks(len(y)):
         system = systems.build(rows_of(params, rows), len(y[rows]))
@@ -134,10 +154,29 @@ class GaussianPosterior:
     Arguments:
         prior: The prior, in the data's units.
         channel: A linear channel with Gaussian noise.
+        solver: How G v = r is solved. `dense` factorizes G; `iterative` takes conjugate gradients
+            to a relative residual of 1e-5, sample by sample, through A and A' only. With D entries
+            of x and M of y, `auto` works in the space of the prior's R factors if A selects
+            entries and R <= D / 4; else it is dense if D max(M, D) <= 2^24 for an operator that
+            all samples share, D^2 <= 2^20 for one that selects entries, M D <= 2^16 for any other;
+            else iterative.
+
+    Raises:
+        ValueError: The channel is not linear or not Gaussian, or the prior does not fit it.
     """
 
-    def __init__(self, prior: GaussianPrior, channel: Channel) -> None:
+    def __init__(
+        self,
+        prior: GaussianPrior,
+        channel: Channel,
+        *,
+        solver: Solver = "auto",
+    ) -> None:
         require_linear_gaussian(channel, "a Gaussian posterior")
+        if solver not in get_args(Solver):
+            raise ValueError(
+                f"GaussianPosterior received solver {solver!r}; known are {get_args(Solver)}"
+            )
         if len(prior.mean) != math.prod(channel.x_shape):
             raise ValueError(
                 f"the prior has {len(prior.mean)} dimensions but the channel's samples have shape "
@@ -145,7 +184,7 @@ class GaussianPosterior:
             )
         self.prior = prior
         self.channel = channel
-        self._systems = Systems.of(prior, channel)
+        self._systems = Systems.of(prior, channel, solver=solver)
 
     def mean(self, y: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         """Compute E[x | y], of shape (n, *x_shape), in the data's units and the type of y."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from diffem_core.gaussian_iterative import IterativeSystem
 from diffem_core.gaussian_prior import GaussianPrior
 
 if TYPE_CHECKING:
@@ -21,16 +22,28 @@ if TYPE_CHECKING:
 __all__ = [
     "NOISE_FLOOR",
     "FactorSystem",
+    "Solver",
     "System",
     "Systems",
     "blocks",
+    "dense_is_small",
     "noise_variance",
     "require_linear_gaussian",
+    "require_small_dense",
     "rows_of",
 ]
 
 _CHUNK_VALUES = 2**24  # Float64 values of the largest temporary: 128 MB.
+_ITERATIVE_VALUES = 2**19  # Of one vector of a batch that is iterated on: 4 MB, near the caches.
+# Largest sizes of dense systems, in float64 values. A system costs about size^1.5 operations.
+_SHARED_VALUES = 2**24  # D x max(M, D), for an operator that all samples share: once.
+_SELECTED_VALUES = 2**20  # D x D, for one that selects entries: a small part of it per sample.
+_OWN_VALUES = 2**16  # M x D, for any other: per sample, and D applications of A to write it down.
+_OWN_VALUES_ASKED = 2**18  # The same where nothing else will do: full covariances, likelihoods.
 NOISE_FLOOR = 1e-3  # Least noise assumed, as a fraction of the spread: keeps every G_i regular.
+
+
+Solver = Literal["auto", "dense", "iterative"]
 
 
 class System(Protocol):
@@ -218,10 +231,12 @@ class Systems:
 
     Arguments:
         channel: A linear channel with Gaussian noise.
-        covariance: Dense covariance of x, of shape (D, D); None to work in the space of a prior's
-            factors instead.
+        covariance: Dense covariance of x, of shape (D, D), for dense systems; None to work with a
+            prior's factors instead.
         variance: Variance of the noise.
-        prior: The prior with these factors (channels that select entries only).
+        prior: The prior with these factors.
+        iterative: Whether its systems are solved by conjugate gradients, for any linear channel;
+            otherwise in the space of its factors, for channels that select entries.
     """
 
     def __init__(
@@ -231,26 +246,48 @@ class Systems:
         variance: float,
         covariance: Tensor | None = None,
         prior: GaussianPrior | None = None,
+        iterative: bool = False,
     ) -> None:
         assert (covariance is None) != (prior is None)
         self.channel = channel
         self.variance = variance
         self.covariance = covariance
         self.prior = prior
+        self.iterative = iterative
         self._one: _SharedSystem | None = None
 
     @classmethod
-    def of(cls, prior: GaussianPrior, channel: Channel) -> Self:
-        """Choose the cheaper of both ways for a prior."""
+    def of(
+        cls,
+        prior: GaussianPrior,
+        channel: Channel,
+        *,
+        solver: Solver = "auto",
+    ) -> Self:
+        """Choose how the systems of a prior are solved.
+
+        Arguments:
+            prior: The prior.
+            channel: A linear channel with Gaussian noise.
+            solver: `auto` takes the factors' space if A selects entries and R <= D / 4; else dense
+                systems if they are small (`dense_is_small`); else conjugate gradients.
+        """
         spread = math.sqrt(float((prior.factor.square().sum(1) + prior.diag).mean()))
         variance = noise_variance(channel, spread)
         size, rank = prior.factor.shape
-        if channel.selects and 4 * rank <= size:
-            return cls(channel, variance=variance, prior=prior)
+        if solver == "auto":
+            if channel.selects and 4 * rank <= size:
+                return cls(channel, variance=variance, prior=prior)
+            solver = "dense" if dense_is_small(channel) else "iterative"
+        if solver == "iterative":
+            return cls(channel, variance=variance, prior=prior, iterative=True)
         return cls(channel, variance=variance, covariance=prior.covariance())
 
     def build(self, params: Mapping[str, Tensor], n: int) -> System:
         """Build the system of a batch of n observations from their operator parameters."""
+        if self.iterative:
+            assert self.prior is not None
+            return IterativeSystem(self.prior, self.variance, self.channel, params)
         if not self.channel.params_spec:
             return self._shared(n)
         seen = self.channel.selection(params)
@@ -273,7 +310,9 @@ class Systems:
 
     def chunks(self, n: int) -> Iterator[slice]:
         """Split n observations so that the largest temporary stays within its bound."""
-        m, d = math.prod(self.channel.y_shape), math.prod(self.channel.x_shape)
+        m, d = _sizes(self.channel)
+        if self.iterative:
+            return blocks(n, max(m, d) * (_CHUNK_VALUES // _ITERATIVE_VALUES))
         if not self.channel.params_spec:
             return blocks(n, max(m, d))
         if self.prior is not None:
@@ -287,6 +326,42 @@ def require_linear_gaussian(channel: Channel, what: str) -> None:
         raise ValueError(
             f"{what} needs a linear channel with Gaussian noise, but {type(channel).__name__} is "
             "not; choose another start"
+        )
+
+
+def dense_is_small(channel: Channel, *, asked: bool = False) -> bool:
+    """Say whether the dense systems of a channel are small enough to be built.
+
+    With D entries of x and M of y, they are if D max(M, D) <= 2^24 for an operator that all
+    samples share, if D^2 <= 2^20 for one that selects entries, and if M D <= 2^16 (2^18 where
+    nothing else will do) for any other.
+
+    Arguments:
+        channel: A linear channel.
+        asked: Whether nothing else will do.
+    """
+    m, d = _sizes(channel)
+    if not channel.params_spec:
+        return d * max(m, d) <= _SHARED_VALUES
+    if channel.selects:
+        return d * d <= _SELECTED_VALUES
+    return m * d <= (_OWN_VALUES_ASKED if asked else _OWN_VALUES)
+
+
+def require_small_dense(channel: Channel, what: str, remedy: str) -> None:
+    """Refuse channels whose dense systems are too large; `what` names who needs them."""
+    if not dense_is_small(channel, asked=True):
+        m, d = _sizes(channel)
+        limit, count = (
+            (_SHARED_VALUES, d * max(m, d))
+            if not channel.params_spec
+            else (_SELECTED_VALUES, d * d)
+            if channel.selects
+            else (_OWN_VALUES_ASKED, m * d)
+        )
+        raise ValueError(
+            f"{what} builds dense systems, of {count} values for {type(channel).__name__} with "
+            f"{d} entries of x and {m} of y, where {limit} is the largest size; {remedy}"
         )
 
 
@@ -304,6 +379,10 @@ def blocks(n: int, values: int) -> Iterator[slice]:
     """Split n samples with `values` float64 values each."""
     step = max(1, _CHUNK_VALUES // max(1, values))
     return (slice(i, min(i + step, n)) for i in range(0, n, step))
+
+
+def _sizes(channel: Channel) -> tuple[int, int]:
+    return math.prod(channel.y_shape), math.prod(channel.x_shape)
 
 
 def _log_density(residual: Tensor, cholesky: Tensor, counts: Tensor) -> Tensor:

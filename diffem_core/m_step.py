@@ -5,6 +5,9 @@
 
 (The squared norm is the mean over entries.)
 
+With a `Validation`, the loss of the averaged weights on held-out reconstructions is looked at from
+time to time, and can end the M-step.
+
 Step k draws everything (samples, operators, noises, times, dropout) from a generator seeded with
 (seed, k), so that an M-step that is interrupted and goes on from a `TrainingState` ends with the
 same bits as one that is not.
@@ -22,19 +25,20 @@ from torch import Tensor
 
 from diffem_core.augmentation import Augmentation
 from diffem_core.denoiser import Denoiser
+from diffem_core.examples import Batches, Examples, denoising_loss
 from diffem_core.networks.dropout import Dropout
 from diffem_core.scaling import Scaling
-from diffem_core.schedule import VELogLinear
+from diffem_core.schedule import Schedule
 from diffem_core.seeds import derive_seed
 from diffem_core.times import TimeDistribution
 from diffem_core.training import FlatAdam, TrainingState
+from diffem_core.validation import HeldOutLoss, Validation
 
 if TYPE_CHECKING:
     from diffem_core.channel import Channel
 
 __all__ = ["MStepResult", "denoising_loss", "m_step"]
 
-_FIXED_BLOCK = 4096  # Samples per seed where corruptions are fixed for the iteration.
 _CUDA_CHECK = 32  # Steps between looks at the losses on a GPU, each of which waits for it.
 
 
@@ -49,6 +53,9 @@ class MStepResult:
         last_loss: Loss of the last step.
         steps: Steps done in all.
         state: The state after the last step.
+        validation: Step (from 1) and held-out loss of every look; () without validation.
+        stopped_early: Whether the held-out loss ended the M-step before its last step. The weights
+            are those of the last step done, not of the lowest loss.
     """
 
     weights: dict[str, Tensor]
@@ -56,31 +63,8 @@ class MStepResult:
     last_loss: float
     steps: int
     state: TrainingState
-
-
-def denoising_loss(
-    denoiser: Denoiser, x: Tensor, z: Tensor, sigma_t: Tensor, condition: Tensor | None = None
-) -> Tensor:
-    """Compute the weighted denoising loss of a batch.
-
-    Arguments:
-        denoiser: The denoiser.
-        x: Clean samples of shape (n, ...), in network units.
-        z: Standard normal noise of the same shape.
-        sigma_t: Noise levels of shape (n,).
-        condition: What the network sees of the observations, or None.
-
-    Returns:
-        mean_i (1 / sigma_i^2 + 1) mean_entries (f(x_i + sigma_i z_i) - x_i)^2, of shape ().
-
-    References:
-        DiffEM (arXiv 2510.12691), M-step; EDM (arXiv 2206.00364), table 1 with sigma_data = 1.
-    """
-    sigma = sigma_t.reshape(-1, *[1] * (x.ndim - 1))
-    error = denoiser(torch.addcmul(x, sigma, z), sigma_t, condition) - x
-    weights = sigma_t.square().reciprocal() + 1
-    loss: Tensor = (weights * error.square().flatten(1).mean(1)).mean()
-    return loss
+    validation: tuple[tuple[int, float], ...]
+    stopped_early: bool
 
 
 def m_step(
@@ -88,7 +72,7 @@ def m_step(
     x_hat: Tensor,
     channel: Channel | None,
     scaling: Scaling,
-    schedule: VELogLinear,
+    schedule: Schedule,
     times: TimeDistribution,
     *,
     steps: int,
@@ -100,6 +84,7 @@ def m_step(
     recorruption: Literal["fresh", "fixed"] = "fresh",
     augmentation: Augmentation | None = None,
     drop_condition: float = 0.0,
+    validation: Validation | None = None,
     seed: int,
     state: TrainingState | None = None,
     on_step: Callable[[TrainingState], None] | None = None,
@@ -128,8 +113,11 @@ def m_step(
         augmentation: Random changes of the reconstructions before they are corrupted.
         drop_condition: Probability that a sample's condition is replaced by zeros, so that the
             denoiser learns the prior as well, in [0, 1).
+        validation: Held-out reconstructions to look at, whose conditions are never dropped; looks
+            change neither weights nor random numbers, but can end the M-step.
         seed: Seed of the whole M-step.
-        state: State of this same M-step after some of its steps, to go on from.
+        state: State of this same M-step after some of its steps, to go on from. Its looks count;
+            without `validation` they are left aside.
         on_step: Called after every step with a live view of the state, for progress and
             checkpoints (`state.tensors()` copies it).
 
@@ -139,7 +127,7 @@ def m_step(
     Raises:
         ValueError: An argument is out of range, `x_hat` does not fit the channel, or the state
             belongs to another network.
-        FloatingPointError: A loss or a gradient is not finite.
+        FloatingPointError: A loss, held out or not, or a gradient is not finite.
 
     References:
         DiffEM (arXiv 2510.12691), M-step.
@@ -157,16 +145,28 @@ def m_step(
     device = next(denoiser.parameters()).device
     optimizer = FlatAdam(denoiser, clip_norm=clip_norm, ema_decay=ema_decay, betas=adam_betas)
     done, losses = 0, torch.zeros(2, dtype=torch.float64, device=device)
+    looks: tuple[tuple[int, float], ...] = ()
     if state is not None:
         if state.step > steps:
             raise ValueError(f"the state has done {state.step} steps but this M-step has {steps}")
         optimizer.load(state)
         done = state.step
         losses.copy_(state.losses)
-    examples = _Examples(x_hat, channel, scaling, augmentation, drop_condition)
+        looks = state.looks if validation is not None else ()
+    examples = Examples(x_hat, channel, scaling, augmentation, drop_condition)
     if recorruption == "fixed":
         examples.fix(seed)
-    batches = _Batches(len(x_hat), batch_size, seed)
+    held_out = None
+    if validation is not None:
+        _check_validation(validation, x_hat)
+        held_out = HeldOutLoss(
+            Examples(validation.x_hat, channel, scaling, None, 0.0),
+            schedule,
+            times,
+            batch_size=batch_size,
+            seed=seed,
+        )
+    batches = Batches(len(x_hat), batch_size, seed)
     generator = torch.Generator(device)
     for module in denoiser.modules():
         if isinstance(module, Dropout):
@@ -174,9 +174,23 @@ def m_step(
     groups = optimizer.groups()
     watch = _Watch(every=_CUDA_CHECK if device.type == "cuda" else 1)
 
+    def due(step: int) -> bool:
+        return validation is not None and validation.due(step, steps)
+
+    def look(step: int) -> None:
+        nonlocal looks
+        assert held_out is not None
+        denoiser.eval()
+        with optimizer.averaged():
+            looks = (*looks, (step, held_out(denoiser)))
+        denoiser.train()
+
     denoiser.train()
     try:
-        for step in range(done, steps):
+        if due(done) and (not looks or looks[-1][0] != done):
+            look(done)  # The state is of an M-step without validation.
+        while done < steps and not (validation is not None and validation.enough(looks)):
+            step = done
             generator.manual_seed(derive_seed(seed, "m_step", step))
             with torch.no_grad():
                 x, condition = examples.draw(batches.rows(step), generator)
@@ -188,14 +202,17 @@ def m_step(
             norm = optimizer.update(step + 1, learning_rate(step))
             losses[0] += loss.detach()
             losses[1] = loss.detach()
-            watch.record(step, loss, norm, sigma_t, last=step + 1 == steps)
+            done = step + 1
+            watch.record(step, loss, norm, sigma_t, last=done == steps or due(done))
+            if due(done):
+                look(done)
             if on_step is not None:
-                on_step(TrainingState(step=step + 1, losses=losses, groups=groups))
+                on_step(TrainingState(step=done, losses=losses, groups=groups, looks=looks))
     finally:
         for module in denoiser.modules():
             if isinstance(module, Dropout):
                 module.generator = None
-    final = TrainingState(step=steps, losses=losses, groups=groups)
+    final = TrainingState(step=done, losses=losses, groups=groups, looks=looks)
     optimizer.release()
     denoiser.eval()
     weights = {
@@ -206,88 +223,11 @@ def m_step(
         weights=weights,
         mean_loss=final.mean_loss,
         last_loss=final.last_loss,
-        steps=steps,
+        steps=done,
         state=final,
+        validation=looks,
+        stopped_early=done < steps,
     )
-
-
-class _Examples:
-    """Makes what the denoiser learns from: reconstructions in network units, and conditions."""
-
-    def __init__(
-        self,
-        x_hat: Tensor,
-        channel: Channel | None,
-        scaling: Scaling,
-        augmentation: Augmentation | None,
-        drop_condition: float,
-    ) -> None:
-        self.x_hat = x_hat
-        self.channel = channel
-        self.scaling = scaling
-        self.augmentation = augmentation
-        self.drop_condition = drop_condition
-        self._fixed: tuple[Tensor, dict[str, Tensor]] | None = None
-
-    def fix(self, seed: int) -> None:
-        """Corrupt every reconstruction once, in blocks with seeds of their own."""
-        if self.channel is None:
-            return
-        ys, all_params = [], []
-        for number, x in enumerate(torch.split(self.x_hat, _FIXED_BLOCK)):
-            generator = torch.Generator(x.device)
-            generator.manual_seed(derive_seed(seed, "recorruption", number))
-            params = self.channel.draw_params(len(x), generator=generator)
-            ys.append(self.channel.corrupt(x, params, generator=generator))
-            all_params.append(params)
-        joined = {name: torch.cat([p[name] for p in all_params]) for name in all_params[0]}
-        self._fixed = torch.cat(ys), joined
-
-    def draw(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        """Make the examples of some rows, on the generator's device."""
-        device = generator.device
-        x = self.x_hat[rows].to(device)
-        if self.augmentation is not None:
-            x = self.augmentation(x, generator=generator)
-        condition = None
-        if self.channel is not None:
-            if self._fixed is None:
-                params = self.channel.draw_params(len(x), generator=generator)
-                y_tilde = self.channel.corrupt(x, params, generator=generator)
-            else:
-                y_tilde = self._fixed[0][rows].to(device)
-                params = {name: v[rows].to(device) for name, v in self._fixed[1].items()}
-            condition = self.channel.condition(y_tilde, params, self.scaling)
-            if self.drop_condition > 0:
-                shape = (len(x), *[1] * (condition.ndim - 1))
-                u = torch.rand(shape, generator=generator, device=device)
-                condition = condition * (u >= self.drop_condition)
-        return self.scaling.to_network(x), condition
-
-
-class _Batches:
-    """Rows of each step: every pass goes through all samples in an order of its own."""
-
-    def __init__(self, n: int, batch_size: int, seed: int) -> None:
-        self.n = n
-        self.batch_size = batch_size
-        self.seed = seed
-        self._orders: dict[int, Tensor] = {}
-
-    def rows(self, step: int) -> Tensor:
-        start = step * self.batch_size
-        stop = start + self.batch_size
-        passes = range(start // self.n, (stop - 1) // self.n + 1)
-        self._orders = {
-            p: self._orders[p] if p in self._orders else self._order(p) for p in passes
-        }
-        joined = torch.cat([self._orders[p] for p in passes])
-        first = start - passes[0] * self.n
-        return joined[first : first + self.batch_size]
-
-    def _order(self, number: int) -> Tensor:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", number))
-        return torch.randperm(self.n, generator=generator)
 
 
 class _Watch:
@@ -315,6 +255,14 @@ class _Watch:
                     "harder, or raise schedule.sigma_min"
                 )
         self._steps, self._values = [], []
+
+
+def _check_validation(validation: Validation, x_hat: Tensor) -> None:
+    if validation.x_hat.shape[1:] != x_hat.shape[1:]:
+        raise ValueError(
+            f"m_step received held-out reconstructions of shape {tuple(validation.x_hat.shape)} "
+            f"but trains on {tuple(x_hat.shape)}; give both the same sample shape"
+        )
 
 
 def _check(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "psnr",
     "rmse",
     "sinkhorn_divergence",
+    "sliced_image_distance",
     "sliced_wasserstein",
 ]
 
@@ -120,6 +122,69 @@ def sliced_wasserstein(a: Tensor, b: Tensor, *, projections: int = 256, seed: in
     directions = unit_directions(a.shape[1], projections, seed=seed).to(a.device, a.dtype)
     gap = (a @ directions).sort(0).values - (b @ directions).sort(0).values
     return math.sqrt(float(gap.double().square().mean()))
+
+
+def sliced_image_distance(
+    a: Tensor, b: Tensor, *, projections: int = 128, texture: float = 0.75, seed: int = 0
+) -> float:
+    """Compute a relative sliced 2-Wasserstein distance of images that sees their texture.
+
+        D^2 = (1 - w) SW^2(a, b) / V(b) + w SW^2(F a, F b) / V(F b)
+
+    F are the responses to random filters of 3 x 3 pixels, unit vectors whose entries sum to 0 in
+    each band, at all places of all images (on a grid of at most about 12 x 12 places, since close
+    ones say the same). V is the mean variance of the projections, so that a set collapsed to its
+    mean has distance about 1. A whole image projected on a direction is dominated by its coarse
+    structure, and Gaussian nearly; a response is local, so that it shows how sharp edges are and
+    how often they occur.
+
+    Arguments:
+        a: Images of shape (n, C, H, W), or vectors of shape (n, D), which have no texture.
+        b: Images or vectors of the same shape: those of which V is taken.
+        projections: Random directions, and random filters.
+        texture: Weight w of the texture, in [0, 1]; not used for vectors.
+        seed: Seed of directions and filters.
+
+    Returns:
+        The distance, not negative; 0 for equal sets.
+
+    Raises:
+        ValueError: The shapes differ, a set has fewer than 2 members, or `texture` is out of
+            range.
+
+    References:
+        Karras et al. 2018 (arXiv 1710.10196), section 5, for sliced distances of local patches.
+    """
+    if a.shape != b.shape or a.ndim not in (2, 4) or len(a) < 2:
+        raise ValueError(
+            f"sliced_image_distance received shapes {tuple(a.shape)} and {tuple(b.shape)}; give "
+            "as many images (n, C, H, W) on both sides, at least 2 (subsample the larger set)"
+        )
+    if not 0 <= texture <= 1:
+        raise ValueError(f"sliced_image_distance received texture {texture}; give 0 to 1")
+    directions = unit_directions(a[0].numel(), projections, seed=seed).to(a.device, a.dtype)
+    whole = _relative_gap(a.flatten(1) @ directions, b.flatten(1) @ directions)
+    if a.ndim == 2 or texture == 0:
+        return math.sqrt(whole)
+    bands, height, width = a.shape[1:]
+    side = min(3, height, width)
+    filters = unit_directions(bands * side * side, projections, seed=seed).mT
+    filters = filters.reshape(projections, bands, side, side)
+    filters = filters - filters.mean(dim=(2, 3), keepdim=True)
+    filters = (filters / filters.flatten(1).norm(dim=1)[:, None, None, None]).to(a)
+    stride = math.ceil(max(height, width) / 12)
+
+    def responses(x: Tensor) -> Tensor:
+        return F.conv2d(x, filters, stride=stride).movedim(1, -1).flatten(0, -2)
+
+    local = _relative_gap(responses(a), responses(b))
+    return math.sqrt((1 - texture) * whole + texture * local)
+
+
+def _relative_gap(a: Tensor, b: Tensor) -> float:
+    """Return the squared distance of sorted columns, relative to the variance of those of `b`."""
+    gap = (a.sort(0).values - b.sort(0).values).double().square().mean()
+    return float(gap / b.double().var(0).mean()) if float(gap) > 0 else 0.0
 
 
 def unit_directions(dimension: int, count: int, *, seed: int) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from diffem_core.denoiser import Denoiser
 from diffem_core.gaussian import GaussianPrior
+from diffem_core.linear_solvers import conjugate_gradients
 from diffem_core.noise import SampleNoise
 from diffem_core.samplers import Denoise, Sampler
 from diffem_core.scaling import Scaling
@@ -31,44 +32,9 @@ from diffem_core.scaling import Scaling
 if TYPE_CHECKING:
     from diffem_core.channel import Channel
 
-__all__ = ["MMPSPosterior", "conjugate_gradients", "mmps_denoise"]
+__all__ = ["MMPSPosterior", "mmps_denoise"]
 
 Operator = Callable[[Tensor], Tensor]
-
-
-def conjugate_gradients(
-    operator: Operator, b: Tensor, *, iterations: int, tolerance: float = 0.0
-) -> Tensor:
-    """Solve symmetric positive definite systems, one per sample, by conjugate gradients from 0.
-
-    Arguments:
-        operator: Applies the matrices to vectors of the shape of b.
-        b: Right-hand sides of shape (n, ...).
-        iterations: Largest number of iterations.
-        tolerance: A sample stops when its residual has fallen to this fraction of |b|; the loop
-            ends when all have.
-
-    Returns:
-        Solutions of the shape of b. A sample's solution does not depend on the others.
-    """
-    v = torch.zeros_like(b)
-    r = b
-    p = r
-    square = _dot(r, r)
-    limit = tolerance**2 * square
-    for _ in range(iterations):
-        active = square > limit
-        if not active.any():
-            break
-        image = operator(p)
-        curvature = _dot(p, image)
-        alpha = torch.where(active & (curvature > 0), square / curvature, 0.0)
-        v = v + alpha * p
-        r = r - alpha * image
-        new_square = _dot(r, r)
-        p = torch.where(active, r + new_square / square.clamp_min(1e-38) * p, p)
-        square = torch.where(active, new_square, square)
-    return v
 
 
 def mmps_denoise(
@@ -235,7 +201,3 @@ def _gaussian_spread(prior: GaussianPrior, variance: Tensor) -> Operator:
         return spread_u.reshape(u.shape)
 
     return spread
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).flatten(1).sum(1).reshape(-1, *[1] * (a.ndim - 1))

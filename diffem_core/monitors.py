@@ -52,10 +52,14 @@ def observation_divergence(
     params: Mapping[str, Tensor],
     *,
     reference: tuple[Tensor, Mapping[str, Tensor]] | None = None,
+    recorrupted: tuple[Tensor, Mapping[str, Tensor]] | None = None,
     seed: int,
     projections: int = 256,
 ) -> ObservationDivergence:
     """Compare held-out observations with re-corrupted reconstructions of others.
+
+    What is compared is what the network sees of observations, so that they may have any shape; of
+    images, the bands that stand for x without the maps of parameters.
 
     Arguments:
         channel: The channel, which corrupts the reconstructions with fresh parameters and noise.
@@ -65,6 +69,8 @@ def observation_divergence(
         y: Held-out observations of shape (n, *y_shape).
         params: Their operator parameters.
         reference: True observations that are not held out, with their parameters, for the floor.
+        recorrupted: The reconstructions corrupted afresh, with their parameters, where the caller
+            has them already; None corrupts them here.
         seed: Seed of the corruption, the subsample and the directions.
         projections: Random directions.
 
@@ -86,9 +92,12 @@ def observation_divergence(
         rows = torch.randperm(len(theirs), generator=generator)[: len(ours)]
         return theirs[rows.to(theirs.device)] @ directions
 
-    generator = torch.Generator(x_hat.device).manual_seed(derive_seed(seed, "recorruption"))
-    fresh = channel.draw_params(len(x_hat), generator=generator)
-    y_tilde = channel.corrupt(x_hat, fresh, generator=generator)
+    if recorrupted is None:
+        generator = torch.Generator(x_hat.device).manual_seed(derive_seed(seed, "recorruption"))
+        fresh: Mapping[str, Tensor] = channel.draw_params(len(x_hat), generator=generator)
+        y_tilde = channel.corrupt(x_hat, fresh, generator=generator)
+    else:
+        y_tilde, fresh = recorrupted
     corrupted = others(_features(channel, scaling, y_tilde, fresh).to(features.device))
     value, error = _jackknife(_sliced, ours[: len(corrupted)], corrupted)
     floor = None
@@ -101,7 +110,11 @@ def observation_divergence(
 def _features(
     channel: Channel, scaling: Scaling, y: Tensor, params: Mapping[str, Tensor]
 ) -> Tensor:
-    return channel.condition(y, params, scaling).flatten(1)
+    seen = channel.condition(y, params, scaling)
+    if len(channel.x_shape) == 3:
+        # Maps of the parameters follow, which have one distribution on both sides: only noise.
+        seen = seen[:, : channel.x_shape[0]]
+    return seen.flatten(1)
 
 
 def _sliced(a: Tensor, b: Tensor) -> float:

@@ -10,15 +10,14 @@ be non-linear, non-Gaussian and not differentiable.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from typing import Any, Literal
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from deepinv.physics import (
     MRI,
-    BlurFFT,
     CompressedSensing,
     Denoising,
     GaussianNoise,
@@ -27,18 +26,24 @@ from deepinv.physics import (
     PoissonNoise,
     ZeroNoise,
 )
-from deepinv.physics.functional import gaussian_blur as gaussian_filter
 from deepinv.physics.generator import PhysicsGenerator
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from diffem_core.channel import Channel, Params, gaussian_noise
+from diffem_core.operators import (
+    BlockAverage,
+    FourierBlur,
+    LineMaskGenerator,
+    MaskedBasis,
+    ShiftGenerator,
+    SubsetGenerator,
+    UniformGenerator,
+)
 from diffem_core.scaling import Scaling
 
 __all__ = [
-    "BlockAverage",
-    "LineMaskGenerator",
     "PhysicsChannel",
     "accelerated_mri",
     "compressed_sensing",
@@ -63,6 +68,8 @@ class PhysicsChannel(Channel):
         estimate: What the network sees of y: `y` itself (in the shape of x), `A_adjoint` or
             `A_dagger`.
         maps: Parameters that the network sees as well, each of shape (c, H, W).
+        drawn_maps: What else it sees of the parameters: a number of bands, and a function from
+            parameters of n samples to a tensor of shape (n, bands, H, W).
         linear: Whether x is mapped linearly up to noise; by default, whether the physics is a
             LinearPhysics.
 
@@ -78,6 +85,7 @@ class PhysicsChannel(Channel):
         generator: PhysicsGenerator | None = None,
         estimate: Estimate = "A_adjoint",
         maps: Sequence[str] = (),
+        drawn_maps: tuple[int, Callable[[Params], Tensor]] | None = None,
         linear: bool | None = None,
     ) -> None:
         if estimate not in ("y", "A_adjoint", "A_dagger"):
@@ -107,6 +115,7 @@ class PhysicsChannel(Channel):
         )
         self.estimate = estimate
         self.maps = tuple(maps)
+        self.drawn_maps = drawn_maps
         image = torch.zeros(1, *self.x_shape)
         self.y_shape = tuple(self._bound(params, image.dtype).A(image).shape[1:])
         seen = self._estimate(torch.zeros(1, *self.y_shape), params)
@@ -127,7 +136,8 @@ class PhysicsChannel(Channel):
     @property
     def condition_channels(self) -> int:
         """Bands of the image and of the maps."""
-        return self.x_shape[0] + sum(self.params_spec[name][0] for name in self.maps)
+        drawn = 0 if self.drawn_maps is None else self.drawn_maps[0]
+        return self.x_shape[0] + sum(self.params_spec[name][0] for name in self.maps) + drawn
 
     def condition(self, y: Tensor, params: Params, scaling: Scaling) -> Tensor:
         """Build (n, condition_channels, H, W): the estimate in network units, then the maps."""
@@ -139,7 +149,10 @@ class PhysicsChannel(Channel):
                 seen = scaling.to_network(y)
         else:
             seen = scaling.to_network(self._estimate(y, params))
-        return torch.cat([seen, *(params[name].to(y.dtype) for name in self.maps)], dim=1)
+        shown = [params[name].to(y.dtype) for name in self.maps]
+        if self.drawn_maps is not None:
+            shown.append(self.drawn_maps[1](params).to(y.dtype))
+        return torch.cat([seen, *shown], dim=1)
 
     # deepinv keeps matrices and filters in float32, and some of its physics refuse other types.
 
@@ -173,38 +186,120 @@ def denoising(x_shape: Sequence[int], *, noise_std: float) -> PhysicsChannel:
     return PhysicsChannel(physics, x_shape=x_shape, estimate="y")
 
 
-def super_resolution(x_shape: Sequence[int], *, factor: int, noise_std: float) -> PhysicsChannel:
-    """Build the channel that averages blocks of factor x factor pixels and adds Gaussian noise."""
-    physics = BlockAverage(factor, noise_model=gaussian_noise(noise_std))
-    if factor < 1 or x_shape[-2] % factor or x_shape[-1] % factor:
+def super_resolution(
+    x_shape: Sequence[int], *, factor: int, noise_std: float, shifts: bool = True
+) -> PhysicsChannel:
+    """Build the channel that averages blocks of factor x factor pixels and adds Gaussian noise.
+
+    Arguments:
+        x_shape: Shape (C, H, W) of an image.
+        factor: Side of a block; it divides H and W.
+        noise_std: Standard deviation of the noise.
+        shifts: Whether each sample's blocks are shifted by whole pixels of its own (around the
+            edges), as when an instrument moves between exposures. Without, what the average over
+            fixed blocks hides is hidden in every sample, and cannot be learned.
+    """
+    _, height, width = x_shape
+    if factor < 2 or height % factor or width % factor:
         raise ValueError(
-            f"super_resolution received factor {factor} for images of {x_shape[-2]} x "
-            f"{x_shape[-1]}; give a divisor"
+            f"super_resolution received factor {factor} for images of {height} x {width}; give a "
+            "divisor of both, at least 2"
         )
-    return PhysicsChannel(physics, x_shape=x_shape, estimate="A_dagger")
+    physics = BlockAverage(factor, noise_model=gaussian_noise(noise_std))
+    if not shifts:
+        return PhysicsChannel(physics, x_shape=x_shape, estimate="A_dagger")
 
+    def blocks(params: Params) -> Tensor:
+        shift = params["shift"].to(torch.int64)
+        bands = []
+        for axis, size in enumerate((height, width)):
+            position = (torch.arange(size, device=shift.device) - shift[:, axis, None]) % size
+            parity = 1.0 - 2.0 * ((position // factor) % 2)
+            shape = (-1, 1, height, 1) if axis == 0 else (-1, 1, 1, width)
+            bands.append(parity.reshape(shape).expand(-1, 1, height, width))
+        return torch.cat(bands, dim=1)
 
-def gaussian_blur(x_shape: Sequence[int], *, sigma: float, noise_std: float) -> PhysicsChannel:
-    """Build the channel that blurs with a Gaussian of `sigma` pixels (circular) and adds noise."""
-    physics = BlurFFT(
-        img_size=tuple(x_shape),
-        filter=gaussian_filter(sigma=(sigma, sigma)),
-        noise_model=gaussian_noise(noise_std),
+    return PhysicsChannel(
+        physics,
+        x_shape=x_shape,
+        generator=ShiftGenerator(factor),
+        estimate="A_dagger",
+        drawn_maps=(2, blocks),
     )
-    return PhysicsChannel(physics, x_shape=x_shape, estimate="y")
+
+
+def gaussian_blur(
+    x_shape: Sequence[int], *, sigma: float | tuple[float, float], noise_std: float
+) -> PhysicsChannel:
+    """Build the channel that blurs with a Gaussian (around the edges) and adds Gaussian noise.
+
+    Arguments:
+        x_shape: Shape (C, H, W) of an image.
+        sigma: Standard deviation of the blur, in pixels: the same for all samples, or the ends of
+            the interval from which each sample's is drawn uniformly. Detail that every sample's
+            blur hides under the noise cannot be learned.
+        noise_std: Standard deviation of the noise.
+    """
+    low, high = (sigma, sigma) if isinstance(sigma, (int, float)) else sigma
+    if not 0 < low <= high:
+        raise ValueError(
+            f"gaussian_blur received sigma {sigma}; give a positive number, or two that rise"
+        )
+    _, height, width = x_shape
+    physics = FourierBlur((height, width), noise_model=gaussian_noise(noise_std))
+    if low == high:
+        physics.sigma = torch.tensor([low])
+        return PhysicsChannel(physics, x_shape=x_shape, estimate="y")
+    return PhysicsChannel(
+        physics,
+        x_shape=x_shape,
+        generator=UniformGenerator("sigma", low, high),
+        estimate="y",
+        drawn_maps=(1, lambda p: p["sigma"].reshape(-1, 1, 1, 1).expand(-1, 1, height, width)),
+    )
 
 
 def compressed_sensing(
-    x_shape: Sequence[int], *, measurements: int, noise_std: float, seed: int = 0
+    x_shape: Sequence[int],
+    *,
+    measurements: int,
+    noise_std: float,
+    seed: int = 0,
+    fixed: bool = False,
 ) -> PhysicsChannel:
-    """Build the channel that takes `measurements` random projections, the same for all samples."""
-    physics = CompressedSensing(
-        m=measurements,
-        img_size=tuple(x_shape),
-        rng=torch.Generator().manual_seed(seed),
-        noise_model=gaussian_noise(noise_std),
+    """Build the channel that takes random projections of images and adds Gaussian noise.
+
+    Arguments:
+        x_shape: Shape (C, H, W) of an image.
+        measurements: Projections per sample, at most C H W.
+        noise_std: Standard deviation of the noise on each.
+        seed: Seed of the projections, which belong to the instrument.
+        fixed: Whether all samples share the same projections. Then what these hide is hidden in
+            every sample, and cannot be learned. Otherwise each sample takes a random subset of the
+            coefficients in one random orthonormal basis; those that it does not take are 0 in y,
+            which has the shape of x.
+    """
+    size = math.prod(x_shape)
+    if not 1 <= measurements <= size:
+        raise ValueError(
+            f"compressed_sensing received {measurements} measurements for {size} entries; give 1 "
+            f"to {size}"
+        )
+    rng = torch.Generator().manual_seed(seed)
+    noise_model = gaussian_noise(noise_std)
+    if fixed:
+        shared = CompressedSensing(
+            m=measurements, img_size=tuple(x_shape), rng=rng, noise_model=noise_model
+        )
+        return PhysicsChannel(shared, x_shape=x_shape, estimate="A_dagger")
+    physics = MaskedBasis(tuple(x_shape), rng=rng, noise_model=noise_model)
+    return PhysicsChannel(
+        physics,
+        x_shape=x_shape,
+        generator=SubsetGenerator(tuple(x_shape), count=measurements),
+        estimate="A_adjoint",
+        maps=("mask",),
     )
-    return PhysicsChannel(physics, x_shape=x_shape, estimate="A_dagger")
 
 
 def accelerated_mri(
@@ -269,68 +364,6 @@ def jpeg(x_shape: Sequence[int], *, quality: int, low: float, high: float) -> Ph
 
     physics = Physics(noise_model=ZeroNoise(), sensor_model=sensor)
     return PhysicsChannel(physics, x_shape=x_shape, estimate="y", linear=False)
-
-
-class BlockAverage(LinearPhysics):  # type: ignore[misc]
-    """deepinv physics that averages square blocks of pixels.
-
-    Arguments:
-        factor: Side of a block.
-        noise_model: deepinv noise model.
-    """
-
-    def __init__(self, factor: int, *, noise_model: Any) -> None:
-        super().__init__(noise_model=noise_model)
-        self.factor = factor
-
-    def A(self, x: Tensor, **kwargs: object) -> Tensor:
-        """Average the blocks of (n, C, H, W)."""
-        return F.avg_pool2d(x, self.factor)
-
-    def A_adjoint(self, y: Tensor, **kwargs: object) -> Tensor:
-        """Spread each value evenly over its block."""
-        return self.A_dagger(y) / self.factor**2
-
-    def A_dagger(self, y: Tensor, **kwargs: object) -> Tensor:
-        """Repeat each value over its block."""
-        return y.repeat_interleave(self.factor, dim=-2).repeat_interleave(self.factor, dim=-1)
-
-
-class LineMaskGenerator(PhysicsGenerator):  # type: ignore[misc]
-    """Masks of k-space whose columns are measured independently, the central ones always.
-
-    (deepinv's own line generators loop over the samples in Python.)
-
-    Arguments:
-        size: Height and width.
-        acceleration: Columns per measured column, on average, at least 1.
-        center: Fraction of the columns, around the middle, that are always measured.
-    """
-
-    def __init__(self, size: tuple[int, int], *, acceleration: float, center: float) -> None:
-        super().__init__()
-        width = size[1]
-        count = round(center * width)
-        if not (acceleration >= 1 and 0 <= center < 1 and count * acceleration <= width):
-            raise ValueError(
-                f"LineMaskGenerator received acceleration {acceleration} and center {center}; the "
-                f"{count} central of "
-                f"{width} columns must not be more than a fraction 1 / acceleration of them"
-            )
-        self.size = size
-        probability = torch.full((width,), (width / acceleration - count) / max(1, width - count))
-        start = (width - count) // 2
-        probability[start : start + count] = 1.0
-        self.probability = probability
-
-    def step(
-        self, batch_size: int = 1, seed: int | None = None, **kwargs: object
-    ) -> dict[str, Tensor]:
-        """Draw masks in {0, 1}, of shape (batch_size, 2, H, W), equal for both parts."""
-        self.rng_manual_seed(seed)
-        u = torch.rand(batch_size, 1, 1, self.size[1], generator=self.rng, device=self.rng.device)
-        mask = (u < self.probability.to(u.device)).float()
-        return {"mask": mask.expand(-1, 2, *self.size).contiguous()}
 
 
 def _through_jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:

@@ -146,17 +146,24 @@ class DiffusionPrior:
 
 
 class PseudoInverse:
-    """The simplest first E-step: A_dagger y, whatever the seeds.
+    """The simplest first E-step, whatever the seeds: A_dagger y.
+
+    Where A is not linear but y has the shape of x (saturation, JPEG), y itself is the estimate.
 
     Arguments:
-        channel: A linear channel.
+        channel: A linear channel, or one whose observations have the shape of x.
+
+    Raises:
+        ValueError: The channel is neither.
     """
 
     def __init__(self, channel: Channel) -> None:
-        if not channel.linear:
+        if not channel.linear and channel.y_shape != channel.x_shape:
             raise ValueError(
-                f"A_dagger y needs a linear channel, but {type(channel).__name__} is not; choose "
-                "another start"
+                f"PseudoInverse received a {type(channel).__name__} that is not linear and whose "
+                f"observations have shape {channel.y_shape}, not that of x, {channel.x_shape}: "
+                "there is neither A_dagger y nor y to begin with; choose another start, for "
+                "example a trained prior"
             )
         self.channel = channel
 
@@ -168,5 +175,5 @@ class PseudoInverse:
         seeds: Sequence[int],
         temperature: float = 1.0,
     ) -> Tensor:
-        """Compute A_dagger y; see `Posterior.sample`."""
-        return self.channel.A_dagger(y, params)
+        """Compute A_dagger y, or return y; see `Posterior.sample`."""
+        return self.channel.A_dagger(y, params) if self.channel.linear else y

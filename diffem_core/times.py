@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffem_core.schedule import VELogLinear
+from diffem_core.schedule import Schedule
 
 __all__ = ["BetaMixtureTime", "BetaTime", "LogNormalTime", "TimeDistribution", "UniformTime"]
 
@@ -29,7 +29,7 @@ class TimeDistribution(Protocol):
         self,
         n: int,
         *,
-        schedule: VELogLinear,
+        schedule: Schedule,
         generator: torch.Generator,
         device: torch.device | str = "cpu",
     ) -> Tensor:
@@ -60,7 +60,7 @@ class UniformTime:
         self,
         n: int,
         *,
-        schedule: VELogLinear,
+        schedule: Schedule,
         generator: torch.Generator,
         device: torch.device | str = "cpu",
     ) -> Tensor:
@@ -96,7 +96,7 @@ class BetaTime:
         self,
         n: int,
         *,
-        schedule: VELogLinear,
+        schedule: Schedule,
         generator: torch.Generator,
         device: torch.device | str = "cpu",
     ) -> Tensor:
@@ -150,7 +150,7 @@ class BetaMixtureTime:
         self,
         n: int,
         *,
-        schedule: VELogLinear,
+        schedule: Schedule,
         generator: torch.Generator,
         device: torch.device | str = "cpu",
     ) -> Tensor:
@@ -181,7 +181,7 @@ class LogNormalTime:
         self,
         n: int,
         *,
-        schedule: VELogLinear,
+        schedule: Schedule,
         generator: torch.Generator,
         device: torch.device | str = "cpu",
     ) -> Tensor:

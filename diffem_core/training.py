@@ -8,7 +8,8 @@ what a step costs beside the network.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Self
 
 import torch
@@ -28,14 +29,21 @@ class TrainingState:
             (2,).
         groups: Tensors by group (`weights`, `ema`, `adam_m`, `adam_v`, `buffers`) and parameter
             name; may be live views.
+        looks: Step (from 1) and loss of every look at held-out reconstructions so far.
     """
 
     def __init__(
-        self, *, step: int, losses: Tensor, groups: Mapping[str, Mapping[str, Tensor]]
+        self,
+        *,
+        step: int,
+        losses: Tensor,
+        groups: Mapping[str, Mapping[str, Tensor]],
+        looks: tuple[tuple[int, float], ...] = (),
     ) -> None:
         self.step = step
         self.losses = losses
         self.groups = groups
+        self.looks = looks
 
     @property
     def mean_loss(self) -> float:
@@ -48,7 +56,10 @@ class TrainingState:
         return float(self.losses[1])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Copy the state into a flat dictionary of CPU tensors, ready to be stored."""
+        """Copy the state into a flat dictionary of CPU tensors, ready to be stored.
+
+        Looks, if there were any, are `looks`, float64 of shape (looks, 2).
+        """
         flat = {
             f"{group}/{name}": tensor.detach().to(
                 "cpu", copy=True, memory_format=torch.contiguous_format
@@ -58,6 +69,8 @@ class TrainingState:
         }
         flat["step"] = torch.tensor(self.step, dtype=torch.int64)
         flat["losses"] = self.losses.to("cpu", copy=True)
+        if self.looks:
+            flat["looks"] = torch.tensor(self.looks, dtype=torch.float64)
         return flat
 
     @classmethod
@@ -78,7 +91,11 @@ class TrainingState:
             group, _, name = key.partition("/")
             if name:
                 groups.setdefault(group, {})[name] = tensor
-        return cls(step=int(tensors["step"]), losses=tensors["losses"], groups=groups)
+        looks = tuple(
+            (int(step), loss)
+            for step, loss in (tensors["looks"].tolist() if "looks" in tensors else ())
+        )
+        return cls(step=int(tensors["step"]), losses=tensors["losses"], groups=groups, looks=looks)
 
 
 class FlatAdam:
@@ -177,6 +194,18 @@ class FlatAdam:
                         "state"
                     )
                 tensor.copy_(given[name])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let the module hold the averaged weights, and give it back its own, to the bit."""
+        own = self.weights.clone()
+        with torch.no_grad():
+            self.weights.copy_(self.ema)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self.weights.copy_(own)
 
     @torch.no_grad()
     def release(self) -> None:

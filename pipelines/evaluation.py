@@ -1,7 +1,9 @@
 """What is measured of a posterior. Nothing here feeds back into the training.
 
 Always: the divergence in observation space, between held-out observations and re-corrupted
-reconstructions of other observations, beside its floor. Where the clean samples are known
+reconstructions of other observations, beside its floor: of grey-level pairs where the channel
+selects pixels, and the sliced Wasserstein distance of what the network sees of an observation for
+any other channel. Where the clean samples are known
 (benchmarks): the errors of one posterior sample and of the mean of several on held-out
 observations, and a distance between the distributions of reconstructions and of clean samples.
 Truth enters by the argument `truth` alone; without it the same numbers are left out.
@@ -21,15 +23,35 @@ from diffem_core.channel import Channel
 from diffem_core.classifier import DigitClassifier
 from diffem_core.cooccurrence import cooccurrence_divergence
 from diffem_core.e_step import e_step
-from diffem_core.metrics import frechet_distance, masked_rmse, psnr, rmse, sinkhorn_divergence
+from diffem_core.metrics import (
+    frechet_distance,
+    masked_rmse,
+    psnr,
+    rmse,
+    sinkhorn_divergence,
+    sliced_image_distance,
+)
 from diffem_core.monitors import observation_divergence
 from diffem_core.posterior import Posterior
 from diffem_core.scaling import Scaling
 from diffem_core.seeds import derive_seed
-from storage_schemas.config import EvaluationConfig, FrechetDistance, SinkhornDistance
+from storage_schemas.config import (
+    EvaluationConfig,
+    FrechetDistance,
+    SinkhornDistance,
+    SlicedWassersteinDistance,
+)
 from storage_schemas.metrics import Metric, Metrics
 
-__all__ = ["Evaluation", "Observed", "Truth", "evaluate", "work_of"]
+__all__ = [
+    "Evaluation",
+    "Observed",
+    "Truth",
+    "distance_to_clean",
+    "divergences",
+    "evaluate",
+    "work_of",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,30 +146,48 @@ def evaluate(
     )
     reconstructions = _draw(posterior, subset, (seed, "others"), batch_size, on_progress)
 
-    values = _divergences(channel, scaling, reconstructions, holdout, subset, floors, seed)
+    values = divergences(channel, scaling, reconstructions, holdout, subset, floors, seed)
     if truth is not None:
         values |= _errors(draws, truth, channel, scaling, holdout)
-        values |= _distances(reconstructions, draws, truth, rows, floors, config)
+        values |= _distances(reconstructions, draws, truth, rows, floors, config, scaling)
     return Evaluation(metrics=Metrics(values=values), draws=draws, reconstructions=reconstructions)
 
 
-def _divergences(
+def divergences(
     channel: Channel,
     scaling: Scaling,
-    reconstructions: Tensor,
+    samples: Tensor,
     holdout: Observed,
-    others: Observed,
+    others: Observed | None,
     floors: Mapping[str, Metric] | None,
     seed: int,
 ) -> dict[str, Metric]:
-    """Compare held-out observations with re-corrupted reconstructions, and with real ones."""
+    """Compare held-out observations with corrupted samples, and with real ones.
+
+    Arguments:
+        channel: The channel, which corrupts the samples once, for every divergence.
+        scaling: The change to network units.
+        samples: Reconstructions of other observations, or samples of a prior, shape (m,
+            *x_shape), in data units.
+        holdout: Held-out observations.
+        others: Other observations, of which floors are computed; needed where `floors` is None.
+        floors: Metrics whose floors are taken over; None computes them.
+        seed: Seed of the corruption and of the directions.
+
+    Returns:
+        `divergence` and, where the channel selects pixels, `sliced_wasserstein`, each with its
+        floor.
+    """
+    fresh = _recorrupted(channel, samples, derive_seed(seed, "recorruption"))
+    computed = others if floors is None else None
     sliced = observation_divergence(
         channel,
         scaling,
-        reconstructions,
+        samples,
         holdout.y,
         holdout.params,
-        reference=None if floors else (others.y, others.params),
+        reference=None if computed is None else (computed.y, computed.params),
+        recorrupted=(fresh.y, fresh.params),
         seed=derive_seed(seed, "divergence"),
     )
     values = {
@@ -158,11 +198,10 @@ def _divergences(
             better="lower",
         ),
     }
-    if floors is None:
+    if computed is not None:
         values["sliced_wasserstein_floor"] = Metric(
             value=sliced.floor, long_name="the same between two sets of real observations"
         )
-    fresh = _recorrupted(channel, reconstructions, derive_seed(seed, "recorruption"))
     first = _seen_images(channel, scaling, holdout)
     if first is None:
         names = {
@@ -184,8 +223,8 @@ def _divergences(
             value=value, standard_error=error, long_name=name, units="%", better="lower"
         )
     }
-    if floors is None:
-        value, error = pairs(others)
+    if computed is not None:
+        value, error = pairs(computed)
         found["divergence_floor"] = Metric(
             value=value,
             standard_error=error,
@@ -255,7 +294,7 @@ def _errors(
     mean = draws.mean(dim=0)
     many = x.expand_as(draws).flatten(0, 1)
     values: dict[str, Metric] = {}
-    data_range = 4 / scaling.scale
+    data_range = _peak(channel, scaling)
     selection = channel.selection(holdout.params)
     for name, what, estimate, clean in (
         ("sample", "one posterior sample", draws.flatten(0, 1), many),
@@ -286,6 +325,19 @@ def _errors(
     return values
 
 
+def _peak(channel: Channel, scaling: Scaling) -> float:
+    """Return the signal's peak for the PSNR, in data units.
+
+    For real images, white minus black. Complex ones (two bands) have magnitudes up to w, where
+    their range is [-w, w], and as their squared error that of both bands together; `psnr` takes
+    the mean over bands, half of it, so that the peak w becomes w / sqrt(2). Then a complex image
+    has the PSNR of its magnitude, if the phase is right.
+    """
+    width = 4 / scaling.scale
+    complex_image = len(channel.x_shape) == 3 and channel.x_shape[0] == 2
+    return width / 2 / math.sqrt(2) if complex_image else width
+
+
 def _spread_ratio(draws: Tensor, mean: Tensor, x: Tensor, selection: Tensor | None) -> Metric:
     """Compare the spread of the draws with the error of their mean.
 
@@ -313,6 +365,7 @@ def _distances(
     rows: Tensor,
     floors: Mapping[str, Metric] | None,
     config: EvaluationConfig,
+    scaling: Scaling,
 ) -> dict[str, Metric]:
     """Measure how far the reconstructions' distribution is from that of clean samples.
 
@@ -323,67 +376,88 @@ def _distances(
     others = torch.ones(len(truth.training), dtype=torch.bool)
     others[rows] = False
     clean, same = truth.training[others], truth.training[rows]
+    found = distance_to_clean(reconstructions, truth, clean, config, scaling)
+    if "distance" not in found or found["distance"].value is None:
+        return found
+    if floors is None:
+        floor = distance_to_clean(same, truth, clean, config, scaling)["distance"]
+        found["distance_floor"] = Metric(
+            value=floor.value, long_name="the same between two sets of clean samples"
+        )
+    if isinstance(config.distance, FrechetDistance):
+        found |= _accuracies(draws, truth, floors)
+    return found
+
+
+def distance_to_clean(
+    samples: Tensor, truth: Truth, clean: Tensor, config: EvaluationConfig, scaling: Scaling
+) -> dict[str, Metric]:
+    """Measure the configured distance between samples and clean samples.
+
+    Arguments:
+        samples: Reconstructions, or samples of a prior, shape (n, *x_shape), in data units.
+        truth: What is known; its classifier is used.
+        clean: Clean samples, shape (m, *x_shape), in data units.
+        config: Which distance.
+        scaling: The change to network units.
+
+    Returns:
+        `distance`, or nothing where none is configured; its value is None where it cannot be
+        known.
+    """
+    if config.distance is None:
+        return {}
     if len(clean) < 2:
         reason = "not known: every clean sample belongs to a reconstruction; lower reconstructions"
         return {"distance": Metric(value=None, long_name=reason)}
     match config.distance:
-        case None:
-            return {}
         case FrechetDistance():
-            return _classifier_distances(reconstructions, draws, truth, clean, same, floors)
-        case SinkhornDistance() as sinkhorn:
-            count = min(sinkhorn.samples, len(reconstructions), len(clean))
+            if truth.classifier is None or truth.holdout_labels is None:
+                reason = "not known: the samples have no labels"
+                return {"distance": Metric(value=None, long_name=reason)}
+            features = truth.classifier.features
+            value = frechet_distance(features(samples), features(clean))
+            name = "Fréchet distance to clean samples in a classifier's features"
+        case SinkhornDistance(samples=wanted, regularization=regularization):
+            count = min(wanted, len(samples), len(clean))
+            value = sinkhorn_divergence(
+                samples[:count], clean[:count], regularization=regularization
+            )
+            name = "Sinkhorn divergence between reconstructions and clean samples"
+        case SlicedWassersteinDistance(projections=projections, texture=texture):
+            count = min(len(samples), len(clean))
+            value = sliced_image_distance(
+                scaling.to_network(samples[_spread(len(samples), count)]),
+                scaling.to_network(clean[_spread(len(clean), count)]),
+                projections=projections,
+                texture=texture,
+            )
+            name = (
+                "relative sliced Wasserstein distance to clean samples, of whole images and of "
+                "their texture"
+            )
+        case _:
+            assert_never(config.distance)
+    return {"distance": Metric(value=value, long_name=name, better="lower")}
 
-            def distance(cloud: Tensor) -> float:
-                a, b = cloud[:count], clean[:count]
-                return sinkhorn_divergence(a, b, regularization=sinkhorn.regularization)
 
-            found = {
-                "distance": Metric(
-                    value=distance(reconstructions),
-                    long_name="Sinkhorn divergence between reconstructions and clean samples",
-                    better="lower",
-                )
-            }
-            if floors is None:
-                found["distance_floor"] = Metric(
-                    value=distance(same), long_name="the same between two sets of clean samples"
-                )
-            return found
-    assert_never(config.distance)
-
-
-def _classifier_distances(
-    reconstructions: Tensor,
-    draws: Tensor,
-    truth: Truth,
-    clean: Tensor,
-    same: Tensor,
-    floors: Mapping[str, Metric] | None,
+def _accuracies(
+    draws: Tensor, truth: Truth, floors: Mapping[str, Metric] | None
 ) -> dict[str, Metric]:
-    classifier, labels = truth.classifier, truth.holdout_labels
-    if classifier is None or labels is None:
-        return {"distance": Metric(value=None, long_name="not known: the samples have no labels")}
-    features = classifier.features(clean)
+    """Measure how often the classifier takes held-out samples for their clean images' class."""
+    assert truth.classifier is not None
+    assert truth.holdout_labels is not None
+    labels = truth.holdout_labels
     found = {
-        "distance": Metric(
-            value=frechet_distance(classifier.features(reconstructions), features),
-            long_name="Fréchet distance to clean samples in a classifier's features",
-            better="lower",
-        ),
         "accuracy": Metric(
-            value=classifier.accuracy(draws.flatten(0, 1), labels.repeat(len(draws))),
+            value=truth.classifier.accuracy(draws.flatten(0, 1), labels.repeat(len(draws))),
             long_name="fraction of held-out posterior samples classified as their clean image",
             better="higher",
-        ),
+        )
     }
     if floors is None:
-        found["distance_floor"] = Metric(
-            value=frechet_distance(classifier.features(same), features),
-            long_name="the same between two sets of clean samples",
-        )
         found["accuracy_clean"] = Metric(
-            value=classifier.accuracy(truth.holdout, labels),
+            value=truth.classifier.accuracy(truth.holdout, labels),
             long_name="the same for the clean held-out images",
         )
     return found

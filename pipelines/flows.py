@@ -8,6 +8,7 @@
         m_step       theta_{k+1} from the reconstructions, re-corrupted
         evaluate     theta_{k+1} on held-out observations
         commit       names every object of the iteration with its checksum
+      prior          a model of clean data alone, where one is wanted
 
 The science is in `pipelines.stages`; here it is wrapped once. Tasks exchange the run's URL and
 small JSON records. What is done is decided by the run's store alone: a stage whose manifest is
@@ -59,6 +60,7 @@ task_recover = _always("check the run")(stages.recover)
 task_observations = _always("observations")(stages.prepare_observations)
 task_start = _always("start")(stages.fit_start)
 task_commit = _always("commit")(stages.commit_iteration)
+task_prior = _always("prior")(stages.fit_prior)
 # A retried flow run matches its subflows by the order of the calls, so it has to make the same
 # calls as before.
 task_first_unfinished = task(
@@ -132,4 +134,10 @@ def em_run(run_url: str, take_over: bool = False) -> Json:
             done[str(iteration)] = em_iteration.with_options(
                 flow_run_name=f"{config.name} · iteration {iteration:03d}"
             )(run_url, iteration)
-    return {"check": check, "start_reused": start["reused"], "iterations": done}
+        prior = task_prior(run_url) if config.prior is not None else {}
+    return {
+        "check": check,
+        "start_reused": start["reused"],
+        "iterations": done,
+        "prior_reused": bool(prior.get("reused")),
+    }

@@ -54,6 +54,9 @@ def prepare_run(config: RunConfig, url: str, *, take_over: bool) -> RunStore:
     try:
         stored = RunStore.open(objects)
     except NotARun:
+        from pipelines.check import check_config
+
+        check_config(config)
         return _create(objects, config)
     if stored.config == config:
         _require_free(objects, take_over)

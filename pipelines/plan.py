@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines import build
+from pipelines.check import check_config
 from pipelines.evaluation import work_of
 from pipelines.sources import load_clean_samples
 from storage_schemas.config import RunConfig
@@ -35,9 +36,9 @@ class Plan:
     parameters: int
     """Weights of the network."""
     e_step_calls: int
-    """Network calls (forward, per sample) of an E-step; the first one has none."""
-    m_step_calls: tuple[int, int]
-    """Network calls (forward and backward, per sample) of the first M-step and of a later one."""
+    """Network calls (forward, per sample) of all E-steps; the first one has none."""
+    m_step_calls: int
+    """Network calls (forward and backward, per sample) of all M-steps."""
     evaluation_calls: int
     """Network calls of an evaluation."""
     observation_bytes: int
@@ -62,18 +63,18 @@ def make_plan(config: RunConfig) -> Plan:
     Raises:
         ValueError: If the config does not fit the data or the machine.
     """
+    check_config(config)
     clean = load_clean_samples(config.data, seed=0)
     x_shape = tuple(clean.x.shape[1:])
     device = build.build_device(config.runner)
     channel = build.build_channel(config.channel, x_shape)
     denoiser = build.build_denoiser(config, channel, device=device)
-    build.build_grid(config.e_step.sampler, config.schedule)
     parameters = sum(p.numel() for p in denoiser.parameters())
     holdout = config.data.holdout
     training = len(clean.x) - holdout
     x_size, y_size = math.prod(x_shape), math.prod(channel.y_shape)
     params_size = sum(math.prod(shape) for shape in channel.params_spec.values())
-    steps = config.e_step.sampler.steps
+    calls = build.network_calls(config.e_step.sampler)
     samples = work_of(config.evaluation, holdout=holdout, others=training)
     condition = channel.condition_channels * math.prod(x_shape[1:])
     return Plan(
@@ -81,12 +82,14 @@ def make_plan(config: RunConfig) -> Plan:
         holdout=holdout,
         shards=math.ceil(training / config.e_step.shard_size),
         parameters=parameters,
-        e_step_calls=training * steps,
-        m_step_calls=(
-            build.m_step_length(config.m_step, 0) * config.m_step.batch_size,
-            build.m_step_length(config.m_step, 1) * config.m_step.batch_size,
+        e_step_calls=sum(
+            round(training * config.e_step.refresh)
+            * build.network_calls(build.sampler_of(config.e_step, k))
+            for k in range(1, config.iterations)
         ),
-        evaluation_calls=samples * steps,
+        m_step_calls=sum(build.m_step_length(config, k) for k in range(config.iterations))
+        * config.m_step.batch_size,
+        evaluation_calls=samples * calls,
         observation_bytes=len(clean.x) * (x_size + y_size + params_size) * _FLOAT,
         iteration_bytes=(training * x_size + parameters) * _FLOAT,
         e_step_memory=(parameters + config.e_step.batch_size * (3 * x_size + condition)) * _FLOAT,
@@ -107,16 +110,13 @@ def print_plan(config: RunConfig, url: str) -> None:
     table = Table(box=box.SIMPLE_HEAD, title="Plan", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    first, later = plan.m_step_calls
-    later_m_steps = later * (config.iterations - 1)
-    e_steps = plan.e_step_calls * (config.iterations - 1)
     for name, value in (
         ("EM iterations", f"{config.iterations}"),
         ("observations: training, held out", f"{plan.training:,}, {plan.holdout:,}"),
         ("shards per E-step", f"{plan.shards}"),
         ("weights of the network", f"{plan.parameters:,}"),
-        ("network calls: all E-steps (forward)", f"{e_steps:,}"),
-        ("network calls: all M-steps (forward and backward)", f"{first + later_m_steps:,}"),
+        ("network calls: all E-steps (forward)", f"{plan.e_step_calls:,}"),
+        ("network calls: all M-steps (forward and backward)", f"{plan.m_step_calls:,}"),
         ("network calls: all evaluations", f"{plan.evaluation_calls * config.iterations:,}"),
         ("bytes: observations, uncompressed", _bytes(plan.observation_bytes)),
         (

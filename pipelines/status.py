@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from storage_schemas._base import Record
 from storage_schemas.lease import read_lease
-from storage_schemas.manifests import StageRecord
+from storage_schemas.manifests import IterationManifest, StageRecord
 from storage_schemas.metrics import Metric
 from storage_schemas.objects import redact_url
 from storage_schemas.run_store import RunStore
@@ -25,10 +27,10 @@ class StageStatus(Record):
 
 
 class StepStatus(Record):
-    """The start, or one EM iteration."""
+    """The start, one EM iteration, or the prior."""
 
     iteration: int | None
-    """EM iteration; None for the start."""
+    """EM iteration; None for the start and for the prior."""
     state: str
     """`complete`, `partial` or `missing`."""
     model_digest: str | None
@@ -62,6 +64,8 @@ class RunStatus(Record):
     """The start."""
     history: tuple[StepStatus, ...]
     """EM iterations that have begun, in order."""
+    prior: StepStatus | None = None
+    """The prior, where one is wanted."""
 
 
 def read_status(store: RunStore) -> RunStatus:
@@ -97,7 +101,9 @@ def read_status(store: RunStore) -> RunStatus:
         history.append(_partial(store, len(completed)))
     lease = read_lease(store.objects)
     writing = lease is not None and not lease.available(now())
+    prior = None if store.config.prior is None else _prior(store, completed)
     done = committed is not None and len(completed) >= store.config.iterations
+    done = done and (prior is None or prior.state == "complete")
     return RunStatus(
         run=redact_url(store.url),
         name=store.config.name,
@@ -111,6 +117,29 @@ def read_status(store: RunStore) -> RunStatus:
         else None,
         start=start,
         history=tuple(history),
+        prior=prior,
+    )
+
+
+def _prior(store: RunStore, completed: Sequence[IterationManifest]) -> StepStatus:
+    folder = store.prior()
+    manifest = folder.manifest()
+    last = completed[-1].model_digest if completed else None
+    if manifest is not None and manifest.parent_digest == last:
+        return StepStatus(
+            iteration=None,
+            state="complete",
+            model_digest=manifest.model_digest,
+            metrics={} if manifest.metrics is None else manifest.metrics.values,
+            stages=_stages(manifest.stages),
+        )
+    begun = folder.stage("fit", checksum=False) is not None
+    return StepStatus(
+        iteration=None,
+        state="partial" if begun else "missing",
+        model_digest=None,
+        metrics={},
+        stages={},
     )
 
 

@@ -49,6 +49,8 @@ class Summary(Record):
     """Whether the start was complete."""
     iterations: dict[int, IterationSummary]
     """Iterations that had work left."""
+    prior_reused: bool = False
+    """Whether a prior is wanted and was complete."""
 
 
 _COLUMNS: tuple[tuple[str, str, str], ...] = (

@@ -7,6 +7,7 @@
     iterations/000/shards/00007.json       ShardManifest            after the shard's object
     iterations/000/stages/m_step.json      StageRecord              after the stage's objects
     iterations/000/iteration.json          IterationManifest        last; create-only
+    prior/prior.json                       PriorManifest            last
 
 An object counts only if a manifest names it, and a manifest only if it answers to its own checksum
 (`documents`). Digests chain the stages: a reconstruction shard names the model that drew it
@@ -31,6 +32,7 @@ __all__ = [
     "IterationManifest",
     "ObjectRecord",
     "ObservationsManifest",
+    "PriorManifest",
     "Provenance",
     "ReconstructionsManifest",
     "RunManifest",
@@ -236,3 +238,10 @@ class IterationManifest(_Commit):
     """Reconstructions."""
     shards: PositiveInt
     """Shards of the reconstructions."""
+
+
+class PriorManifest(_Commit):
+    """`prior.json`: the model of clean data alone is complete."""
+
+    iteration: NonNegativeInt
+    """EM iteration whose reconstructions or model it is made of; its model is the parent."""

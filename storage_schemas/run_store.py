@@ -37,6 +37,7 @@ from storage_schemas.observations import (
     read_seal,
     write_observations,
 )
+from storage_schemas.prior_store import PriorStore
 from storage_schemas.provenance import collect_provenance
 from storage_schemas.reconstructions import COMMIT
 from storage_schemas.start_store import StartStore
@@ -194,6 +195,10 @@ class RunStore:
     def iteration(self, iteration: int) -> IterationStore:
         """Return an EM iteration, whether or not anything of it is there."""
         return IterationStore(self.objects, self.manifest, iteration)
+
+    def prior(self) -> PriorStore:
+        """Return the prior, whether or not anything of it is there."""
+        return PriorStore(self.objects, self.manifest)
 
     def iteration_numbers(self) -> list[int]:
         """Return the numbers of the iterations of which anything is there."""

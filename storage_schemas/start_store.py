@@ -1,6 +1,6 @@
 """The start of a run: the model that makes the first reconstructions, its own metrics, its commit.
 
-start/gaussian.safetensors, metrics.json, preview.png, stages/*.json
+start/model.safetensors, metrics.json, preview.png, stages/*.json
 start/start.json                last, create-only
 """
 
@@ -19,7 +19,7 @@ from storage_schemas.stage_folder import StageFolder, now
 __all__ = ["StartStore"]
 
 COMMIT = "start.json"
-MODEL = "gaussian.safetensors"
+MODEL = "model.safetensors"
 
 
 class StartStore(StageFolder):

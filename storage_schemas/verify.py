@@ -22,7 +22,7 @@ from typing import TypeVar
 import numpy as np
 from pydantic import NonNegativeInt
 
-from storage_schemas import observations, reconstructions, start_store
+from storage_schemas import observations, prior_store, reconstructions, start_store
 from storage_schemas._base import Record
 from storage_schemas.documents import decode_json, read_json
 from storage_schemas.errors import DamageError
@@ -33,6 +33,7 @@ from storage_schemas.manifests import (
     IterationManifest,
     ObjectRecord,
     ObservationsManifest,
+    PriorManifest,
     ReconstructionsManifest,
     RunManifest,
     ShardManifest,
@@ -48,7 +49,7 @@ __all__ = ["Finding", "VerifyReport", "recover", "repair", "verify"]
 
 _Model = TypeVar("_Model", bound=Record)
 
-_OWN = (f"{observations.FOLDER}/", "start/", "iterations/")
+_OWN = (f"{observations.FOLDER}/", "start/", "iterations/", f"{prior_store.FOLDER}/")
 """Folders in which nothing else may lie; what people put beside them is theirs."""
 
 
@@ -142,6 +143,8 @@ def repair(store: RunStore, report: VerifyReport) -> list[str]:
         top, _, rest = fault.path.partition("/")
         if top == "start":
             drop(joined("start", start_store.COMMIT))
+        elif top == prior_store.FOLDER:
+            drop(joined(prior_store.FOLDER, prior_store.COMMIT))
         elif top == "iterations":
             folder = joined(top, rest.partition("/")[0])
             drop(joined(folder, reconstructions.COMMIT))
@@ -184,6 +187,7 @@ class _Check:
         self.bytes = 0
         self.named: set[str] = set()
         self.sizes: dict[str, int] = {}
+        self.models: dict[int, str] = {}  # digest of each complete iteration's model
         self.contents: dict[str, bytes] = {}  # documents that were read ahead, together
 
     def run(self) -> None:
@@ -193,6 +197,7 @@ class _Check:
         data_digest = self._observations()
         parent = self._start(data_digest)
         self._iterations(parent)
+        self._prior()
         for path in self.sizes:
             if path not in self.named and path.startswith(_OWN):
                 self.orphaned.append(Finding(path=path, problem="is named by no manifest"))
@@ -268,7 +273,25 @@ class _Check:
                 parent = None
                 continue
             self._committed(iteration, manifest, parent)
-            parent = manifest.model_digest
+            parent = self.models[number] = manifest.model_digest
+
+    def _prior(self) -> None:
+        prior = self.store.prior()
+        path = prior.path(prior_store.COMMIT)
+        self.named.add(path)
+        manifest = self._document(path, PriorManifest)
+        if manifest is None:
+            contents = self._contents(prior.prefix)
+            self.named.update(contents)
+            if contents and not self.store.objects.exists(path):
+                self._unfinished(prior.prefix, "the prior is not complete")
+            return
+        self._compare(manifest.objects, prior.prefix)
+        if manifest.config_digest != self.store.manifest.config_digest:
+            self._damage(path, "was computed with another config")
+        made_of = self.models.get(manifest.iteration)
+        if made_of not in (None, manifest.parent_digest):
+            self._damage(path, f"was made of another model of iteration {manifest.iteration}")
 
     def _committed(
         self, iteration: IterationStore, manifest: IterationManifest, parent: str | None

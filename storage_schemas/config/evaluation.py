@@ -8,7 +8,13 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from storage_schemas._base import Record
 
-__all__ = ["DistanceConfig", "EvaluationConfig", "FrechetDistance", "SinkhornDistance"]
+__all__ = [
+    "DistanceConfig",
+    "EvaluationConfig",
+    "FrechetDistance",
+    "SinkhornDistance",
+    "SlicedWassersteinDistance",
+]
 
 
 class FrechetDistance(Record):
@@ -27,7 +33,20 @@ class SinkhornDistance(Record):
     """Points taken from each side."""
 
 
-DistanceConfig = Annotated[FrechetDistance | SinkhornDistance, Field(discriminator="kind")]
+class SlicedWassersteinDistance(Record):
+    """Sliced Wasserstein distance of images and of their texture; needs no labels."""
+
+    kind: Literal["sliced_wasserstein"] = "sliced_wasserstein"
+    projections: PositiveInt = 128
+    """Random directions for whole images, and as many random filters for their texture."""
+    texture: float = Field(0.75, ge=0, le=1)
+    """Weight of the responses to random filters of 3 x 3 pixels, which tell blurred images from
+    sharp ones, against that of whole images; 0 looks at whole images alone. Vectors have none."""
+
+
+DistanceConfig = Annotated[
+    FrechetDistance | SinkhornDistance | SlicedWassersteinDistance, Field(discriminator="kind")
+]
 
 
 class EvaluationConfig(Record):

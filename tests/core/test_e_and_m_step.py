@@ -36,7 +36,7 @@ from diffem_core import (
     m_step,
     seeded_initialization,
 )
-from diffem_core.m_step import _Batches
+from diffem_core.examples import Batches
 from diffem_core.training import FlatAdam
 
 CHANNEL = RandomMask((1, 8, 8), keep=0.5, noise_std=0.5)
@@ -202,16 +202,16 @@ def test_losses_are_those_of_the_steps() -> None:
 
 
 def test_batches_go_through_all_samples_at_each_pass() -> None:
-    batches = _Batches(10, 4, seed=3)
+    batches = Batches(10, 4, seed=3)
     rows = [batches.rows(k) for k in range(15)]
     assert all(len(r) == 4 for r in rows)
     passes = torch.cat(rows).reshape(6, 10)
     assert all(sorted(p.tolist()) == list(range(10)) for p in passes)
     assert len({tuple(p.tolist()) for p in passes}) == 6
     # A step's rows do not depend on the steps before it, and a batch may be larger than the data.
-    assert torch.equal(_Batches(10, 4, seed=3).rows(7), rows[7])
-    assert sorted(_Batches(3, 7, seed=3).rows(0).tolist())[::2] != []
-    assert torch.bincount(_Batches(3, 7, seed=3).rows(0)).tolist() in (
+    assert torch.equal(Batches(10, 4, seed=3).rows(7), rows[7])
+    assert sorted(Batches(3, 7, seed=3).rows(0).tolist())[::2] != []
+    assert torch.bincount(Batches(3, 7, seed=3).rows(0)).tolist() in (
         [3, 2, 2],
         [2, 3, 2],
         [2, 2, 3],

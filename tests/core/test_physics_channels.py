@@ -41,8 +41,15 @@ SHAPE = (1, 8, 8)
 LINEAR = {
     "denoising": lambda: denoising(SHAPE, noise_std=0.5),
     "super_resolution": lambda: super_resolution((2, 8, 8), factor=2, noise_std=0.1),
-    "gaussian_blur": lambda: gaussian_blur(SHAPE, sigma=1.0, noise_std=0.1),
+    "super_resolution_fixed": lambda: super_resolution(
+        (2, 8, 8), factor=2, noise_std=0.1, shifts=False
+    ),
+    "gaussian_blur": lambda: gaussian_blur((2, 8, 6), sigma=(0.4, 1.0), noise_std=0.1),
+    "gaussian_blur_fixed": lambda: gaussian_blur(SHAPE, sigma=1.0, noise_std=0.1),
     "compressed_sensing": lambda: compressed_sensing(SHAPE, measurements=20, noise_std=0.1),
+    "compressed_sensing_fixed": lambda: compressed_sensing(
+        SHAPE, measurements=20, noise_std=0.1, fixed=True
+    ),
     "mri": lambda: accelerated_mri((8, 8), acceleration=2.0, center=0.25, noise_std=0.05),
 }
 NON_LINEAR = {
@@ -93,7 +100,16 @@ def test_adjoint_and_matrix(name: str) -> None:
     torch.testing.assert_close(product, channel.A(x, params).flatten(1), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["super_resolution", "compressed_sensing", "mri"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "super_resolution",
+        "super_resolution_fixed",
+        "compressed_sensing",
+        "compressed_sensing_fixed",
+        "mri",
+    ],
+)
 def test_pseudo_inverse(name: str) -> None:
     channel = LINEAR[name]()
     x = torch.randn(4, *channel.x_shape, generator=torch.Generator().manual_seed(2))
@@ -114,7 +130,9 @@ def test_noise(name: str) -> None:
     x = images(3000, channel.x_shape)
     y, params = observe(channel, x)
     noise = (y - channel.A(x, params)) / channel.noise_std
-    measured = params["mask"] > 0 if params else torch.ones_like(noise, dtype=torch.bool)
+    measured = torch.ones_like(noise, dtype=torch.bool)
+    if "mask" in params:
+        measured = params["mask"] > 0
     values = noise[measured].double()
     assert abs(float(values.mean())) < 5 / math.sqrt(len(values))
     assert abs(float(values.var()) - 1) < 5 * math.sqrt(2 / len(values)) + 1e-3
@@ -178,7 +196,8 @@ def test_jpeg_loses_detail_and_keeps_the_range() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["denoising", "super_resolution", "gaussian_blur", "compressed_sensing"]
+    "name",
+    ["denoising", "super_resolution_fixed", "gaussian_blur_fixed", "compressed_sensing_fixed"],
 )
 def test_the_gaussian_start_serves_operators_without_parameters(name: str) -> None:
     channel = LINEAR[name]()
@@ -209,7 +228,73 @@ def test_the_gaussian_start_serves_operators_without_parameters(name: str) -> No
     )
 
 
+def test_shifted_blocks_are_averages_of_the_pixels_they_cover() -> None:
+    channel = super_resolution((1, 4, 6), factor=2, noise_std=0.0)
+    x = torch.arange(24.0).reshape(1, 1, 4, 6).repeat(2, 1, 1, 1)
+    y = channel.A(x, {"shift": torch.tensor([[0.0, 0.0], [1.0, 1.0]])})
+    assert y.shape == (2, 1, 2, 3)
+    assert y[0, 0, 0, 0] == (0 + 1 + 6 + 7) / 4
+    assert y[1, 0, 0, 0] == (7 + 8 + 13 + 14) / 4, "the block begins at row 1, column 1"
+    assert y[1, 0, 0, 2] == (11 + 6 + 17 + 12) / 4, "and the last one goes around the edge"
+    shifts = channel.draw_params(4000, generator=torch.Generator().manual_seed(0))["shift"]
+    counts = (2 * shifts[:, 0] + shifts[:, 1]).long().bincount()
+    # Four equal cells: the standard deviation of a count is sqrt(4000 * 3 / 16) = 27.4.
+    assert (counts - 1000).abs().max() < 5 * 27.4
+
+
+def test_the_network_sees_where_the_blocks_are() -> None:
+    channel = super_resolution((1, 4, 4), factor=2, noise_std=0.0)
+    scaling = Scaling.from_range(0, 16)
+    y = torch.full((4, 1, 2, 2), 8.0)
+    shifts = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    maps = channel.condition(y, {"shift": shifts}, scaling)[:, 1:]
+    assert maps[0, 0, :, 0].tolist() == [1, 1, -1, -1]
+    assert maps[2, 0, :, 0].tolist() == [-1, 1, 1, -1]
+    assert maps[1, 1, 0].tolist() == [-1, 1, 1, -1]
+    assert len({tuple(m.flatten().tolist()) for m in maps}) == 4
+
+
+def test_a_blur_of_its_own_for_each_sample() -> None:
+    channel = gaussian_blur((1, 16, 16), sigma=(0.5, 1.5), noise_std=0.0)
+    point = torch.zeros(2, 1, 16, 16)
+    point[:, 0, 8, 8] = 1.0
+    sigma = torch.tensor([[1.0], [1.4]])  # narrower ones are cut off at the grid's frequency
+    y = channel.A(point, {"sigma": sigma}).double()
+    offset = torch.arange(16.0).double() - 8
+    torch.testing.assert_close(y.sum((1, 2, 3)), torch.ones(2, dtype=torch.float64))
+    # The variance of the spread point is sigma^2, up to what wraps around 16 pixels.
+    variance = (y[:, 0].sum(2) * offset.square()).sum(1)
+    torch.testing.assert_close(variance, sigma[:, 0].double().square(), rtol=2e-2, atol=0)
+    drawn = channel.draw_params(4000, generator=torch.Generator().manual_seed(0))["sigma"]
+    assert 0.5 <= float(drawn.min()) < 0.51
+    assert 1.49 < float(drawn.max()) <= 1.5
+    assert abs(float(drawn.mean()) - 1.0) < 5 * math.sqrt(1 / 12 / 4000)
+    seen = channel.condition(y.float(), {"sigma": sigma}, Scaling.identity())
+    assert torch.equal(seen[:, 1], sigma.reshape(2, 1, 1).expand(2, 16, 16))
+
+
+def test_random_projections_are_coefficients_in_one_orthonormal_basis() -> None:
+    channel = compressed_sensing(SHAPE, measurements=20, noise_std=0.0, seed=3)
+    params = channel.draw_params(3000, generator=torch.Generator().manual_seed(0))
+    assert (params["mask"].flatten(1).sum(1) == 20).all()
+    # Each of 64 coefficients is taken with probability 20 / 64.
+    share = params["mask"].flatten(1).mean(0)
+    assert (share - 20 / 64).abs().max() < 5 * math.sqrt(20 / 64 * 44 / 64 / 3000)
+    everything = {"mask": torch.ones(64, *SHAPE)}
+    basis = channel.A(torch.eye(64).reshape(64, *SHAPE), everything).flatten(1)
+    torch.testing.assert_close(basis @ basis.mT, torch.eye(64), rtol=0, atol=1e-5)
+    again = compressed_sensing(SHAPE, measurements=20, noise_std=0.0, seed=3)
+    other = compressed_sensing(SHAPE, measurements=20, noise_std=0.0, seed=4)
+    x = images(64, SHAPE)
+    assert torch.equal(again.A(x, everything), channel.A(x, everything))
+    assert not torch.allclose(other.A(x, everything), channel.A(x, everything))
+
+
 def test_bad_channels() -> None:
+    with pytest.raises(ValueError, match=r"sigma \(2\.0, 1\.0\); give a positive number"):
+        gaussian_blur(SHAPE, sigma=(2.0, 1.0), noise_std=0.1)
+    with pytest.raises(ValueError, match="65 measurements for 64 entries; give 1 to 64"):
+        compressed_sensing(SHAPE, measurements=65, noise_std=0.1)
     with pytest.raises(ValueError, match="factor 3 for images of 8 x 8; give a divisor"):
         super_resolution(SHAPE, factor=3, noise_std=0.1)
     with pytest.raises(ValueError, match="gain 0; it must be positive"):
@@ -228,13 +313,35 @@ def test_bad_channels() -> None:
         ValueError, match=r"the map 'mask'; the generator's parameters .* are \[\]"
     ):
         PhysicsChannel(Denoising(), x_shape=SHAPE, estimate="y", maps=("mask",))
-    blocks = LINEAR["super_resolution"]().physics
+    blocks = LINEAR["super_resolution_fixed"]().physics
     with pytest.raises(
         ValueError, match=r"estimate 'y' of y has shape \(1, 4, 4\) but x has \(1, 8, 8\)"
     ):
         PhysicsChannel(blocks, x_shape=SHAPE, estimate="y")
-    with pytest.raises(ValueError, match="needs a linear channel"):
-        PseudoInverse(NON_LINEAR["jpeg"]())
+    counts = Physics(A=lambda x, **kwargs: x.square().sum((2, 3)))
+    bent = PhysicsChannel(Physics(), x_shape=SHAPE, estimate="y")
+    bent.physics, bent.y_shape = counts, (1,)
+    with pytest.raises(
+        ValueError,
+        match=r"not linear and whose observations have shape \(1,\), not .* \(1, 8, 8\)",
+    ):
+        PseudoInverse(bent)
+
+
+@pytest.mark.parametrize("name", ["poisson", "quantization", "jpeg"])
+def test_the_simplest_start_of_a_non_linear_channel_is_y(name: str) -> None:
+    channel = NON_LINEAR[name]()
+    y, params = observe(channel, images(3, channel.x_shape))
+    assert torch.equal(PseudoInverse(channel).sample(y, params, seeds=[1, 2, 3]), y)
+
+
+def test_the_simplest_start_of_a_linear_channel_is_a_dagger_y() -> None:
+    channel = LINEAR["gaussian_blur"]()
+    assert channel.x_shape == channel.y_shape, "y would fit as well"
+    y, params = observe(channel, images(3, channel.x_shape))
+    start = PseudoInverse(channel).sample(y, params, seeds=[1, 2, 3])
+    assert torch.equal(start, channel.A_dagger(y, params))
+    assert not torch.equal(start, y)
 
 
 def test_noise_of_one_s_own_is_found() -> None:

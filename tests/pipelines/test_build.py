@@ -2,12 +2,14 @@
 
 import functools
 import itertools
+import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from diffem_core.noise import SampleNoise
 from pipelines import build
 from pipelines.config_io import load_config
 from storage_schemas.config import RunConfig
@@ -39,10 +41,17 @@ def modules(config: RunConfig) -> str:
 
 
 def channel(config: RunConfig) -> tuple[Any, ...]:
-    built = build.build_channel(
-        config.channel, (5,) if config.data.kind == "manifold" else (1, 8, 8)
-    )
-    return type(built), built.noise_std, built.y_shape, getattr(built, "keep", None)
+    """Return what the channel of a config does to fixed samples."""
+    shape = (5,) if config.data.kind == "manifold" else (1, 8, 8)
+    if config.channel.kind == "mri":
+        shape = (2, 8, 8)
+    built = build.build_channel(config.channel, shape)
+    generator = torch.Generator().manual_seed(0)
+    x = 8 + 8 * torch.rand(4, *shape, generator=generator)
+    params = built.draw_params(4, generator=generator)
+    y = built.corrupt(x, params, generator=generator)
+    seen = built.condition(y, params, build.build_scaling(config.data))
+    return type(built), built.y_shape, y.flatten().tolist(), seen.flatten().tolist()
 
 
 def sampler(config: RunConfig) -> tuple[Any, ...]:
@@ -81,9 +90,110 @@ def schedule(config: RunConfig) -> Any:
     return build.build_schedule(config.schedule)
 
 
+def augmentation(config: RunConfig) -> Any:
+    return build.build_augmentation(config.m_step)
+
+
+def steps(config: RunConfig) -> list[int]:
+    return [build.sampler_of(config.e_step, k).steps for k in (0, 1, 2, 3)]
+
+
+CHANNELS = {
+    "denoising": {"noise_std": 1.0},
+    "super_resolution": {"factor": 2, "noise_std": 0.5},
+    "gaussian_blur": {"sigma": 1.0, "noise_std": 0.5},
+    "compressed_sensing": {"measurements": 20, "noise_std": 0.5},
+    "mri": {"acceleration": 2.0, "center": 0.25, "noise_std": 0.5},
+    "poisson": {"gain": 0.5},
+    "quantization": {"low": 0.0, "high": 16.0, "levels": 4},
+    "jpeg": {"quality": 30, "low": 0.0, "high": 16.0},
+    "deepinv": {
+        "physics": "Inpainting",
+        "arguments": {"mask": 0.5, "seed": 0},
+        "noise": {"name": "GaussianNoise", "arguments": {"sigma": 0.5}},
+    },
+    "custom": {
+        "target": "diffem_core.physics_channels:denoising",
+        "arguments": {"noise_std": 0.5},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("denoising", "noise_std", 2.0),
+        ("super_resolution", "factor", 4),
+        ("super_resolution", "noise_std", 1.0),
+        ("super_resolution", "shifts", False),
+        ("gaussian_blur", "sigma", 2.0),
+        ("gaussian_blur", "sigma", [0.5, 1.0]),
+        ("gaussian_blur", "noise_std", 1.0),
+        ("compressed_sensing", "measurements", 30),
+        ("compressed_sensing", "noise_std", 1.0),
+        ("compressed_sensing", "seed", 1),
+        ("compressed_sensing", "fixed", True),
+        ("mri", "acceleration", 4.0),
+        ("mri", "center", 0.0),
+        ("mri", "noise_std", 1.0),
+        ("poisson", "gain", 1.0),
+        ("quantization", "low", 4.0),
+        ("quantization", "high", 12.0),
+        ("quantization", "levels", 8),
+        ("quantization", "noise_std", 1.0),
+        ("jpeg", "quality", 90),
+        ("jpeg", "low", -8.0),
+        ("jpeg", "high", 32.0),
+        ("deepinv", "physics", "Denoising"),
+        ("deepinv", "arguments", {"mask": 0.25, "seed": 0}),
+        ("deepinv", "noise", None),
+        ("deepinv", "generator", {"name": "BernoulliSplittingMaskGenerator"}),
+        ("deepinv", "estimate", "y"),
+        ("custom", "target", "diffem_core.physics_channels:poisson"),
+        ("custom", "arguments", {"noise_std": 1.0}),
+    ],
+)
+def test_a_field_of_a_channel_changes_what_it_does(kind: str, field: str, value: Any) -> None:
+    before = {"kind": kind, **CHANNELS[kind]}
+    after = {**before, field: value}
+    if kind == "deepinv" and field == "physics":
+        after["arguments"] = {}
+    if kind == "deepinv" and field == "generator":
+        after["generator"]["arguments"] = {"split_ratio": 0.5, "pixelwise": True}
+        after["arguments"] = {}
+    if kind == "custom" and field == "target":
+        after["arguments"] = {"gain": 1.0}
+    data = "data={kind: digits, phase: smooth}" if kind == "mri" else "seed=0"
+    first, second = (
+        load_config(DIGITS, [data, f"channel={json.dumps(given)}"]) for given in (before, after)
+    )
+    assert channel(first) != channel(second)
+    assert channel(first) == channel(first)
+
+
 @pytest.mark.parametrize(
     ("source", "override", "object_of"),
     [
+        (DIGITS, "schedule={kind: ve_karras, sigma_min: 0.15, sigma_max: 10}", schedule),
+        (DIGITS, "schedule={kind: ve_karras, rho: 5}", schedule),
+        (DIGITS, "time={kind: beta_mixture}", times),
+        (DIGITS, "time={kind: beta_mixture, first: [1, 5]}", times),
+        (DIGITS, "time={kind: beta_mixture, second: [5, 1]}", times),
+        (DIGITS, "time={kind: beta_mixture, weight: 0.3}", times),
+        (DIGITS, "e_step.sampler.kind=heun", sampler),
+        (DIGITS, "e_step.sampler.kind=predictor_corrector", sampler),
+        (
+            DIGITS,
+            "e_step.sampler={kind: predictor_corrector, steps: 8, corrections: 2}",
+            sampler,
+        ),
+        (DIGITS, "e_step.sampler={kind: predictor_corrector, steps: 8, tau: 0.2}", sampler),
+        (DIGITS, "e_step.annealing={first: 2, iterations: 3}", steps),
+        (DIGITS, "e_step.annealing={first: 4, iterations: 2}", steps),
+        (DIGITS, "m_step.augmentation={flip: true}", augmentation),
+        (DIGITS, "m_step.augmentation={flip: true, hue: 0.1}", augmentation),
+        (DIGITS, "m_step.augmentation={flip: true, saturation: [0.9, 1.1]}", augmentation),
+        (DIGITS, "m_step.augmentation={flip: false}", augmentation),
         (DIGITS, "network.channels=[16,64]", network),
         (DIGITS, "network.blocks=[2,2]", network),
         (DIGITS, "network.attention={1: 4}", network),
@@ -144,7 +254,7 @@ def test_a_rate_over_the_run_goes_on_from_iteration_to_iteration() -> None:
     course = [
         build.build_learning_rate(config, k)(step)
         for k in range(3)
-        for step in range(build.m_step_length(config.m_step, k))
+        for step in range(build.m_step_length(config, k))
     ]
     assert len(course) == 50
     assert all(a > b for a, b in itertools.pairwise(course))
@@ -177,3 +287,37 @@ def test_the_number_of_threads_is_set() -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_annealing_ends_at_the_samplers_own_steps() -> None:
+    config = load_config(
+        DIGITS, ["e_step.annealing={first: 2, iterations: 3}", "e_step.sampler.steps=8"]
+    )
+    assert steps(config) == [2, 4, 6, 8]
+    assert build.sampler_of(config.e_step).steps == 8, "evaluations take all steps"
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "ddim", "dpm_solver", "heun", "predictor_corrector"])
+def test_network_calls_are_counted(kind: str) -> None:
+    config = load_config(DIGITS, [f"e_step.sampler={{kind: {kind}, steps: 5}}"])
+    calls = []
+
+    def denoise(x_t: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        calls.append(float(sigma))
+        return 0.5 * x_t
+
+    noise = SampleNoise([1, 2])
+    build.build_sampler(config.e_step.sampler, config.schedule)(denoise, noise=noise, shape=(3,))
+    assert len(calls) == build.network_calls(config.e_step.sampler)
+
+
+def test_the_network_sees_the_observation_only_where_it_is_conditional() -> None:
+    config = load_config(DIGITS)
+    channel = build.build_channel(config.channel, (1, 8, 8))
+    shapes = [
+        next(
+            build.build_denoiser(config, channel, device=CPU, conditional=given).parameters()
+        ).shape
+        for given in (True, False)
+    ]
+    assert shapes[0] != shapes[1]

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from diffem_core.seeds import derive_seed
 from diffem_core.training import TrainingState
-from pipelines import stages
 from pipelines.cli import app
 from pipelines.config_io import load_config
 from pipelines.flows import em_run
+from pipelines.stages import iterations, judge, observations, start, training
 from pipelines.status import read_status
 from storage_schemas.observations import ObservationBlock
 from storage_schemas.run_store import RunStore
@@ -124,9 +124,14 @@ def test_a_second_run_executes_no_e_step_and_no_m_step(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a finished run must not compute")
 
-    for name in ("e_step", "m_step", "fit_gaussian_prior", "evaluate"):
-        assert hasattr(stages, name)
-        monkeypatch.setattr(stages, name, refuse)
+    for module, name in (
+        (iterations, "e_step"),
+        (training, "m_step"),
+        (start, "fit_gaussian_prior"),
+        (judge, "evaluate"),
+    ):
+        assert hasattr(module, name)
+        monkeypatch.setattr(module, name, refuse)
     summary = em_run(str(finished))
     assert summary["iterations"] == {}
     assert summary["start_reused"]
@@ -147,7 +152,7 @@ def test_a_run_interrupted_in_the_m_step_ends_with_the_same_bytes(
     tiny_config: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = tmp_path / "run"
-    real, steps_done = stages.m_step, []
+    real, steps_done = training.m_step, []
 
     def counted(*args: Any, on_step: Callable[[TrainingState], None], **kwargs: Any) -> Any:
         def watch(state: TrainingState) -> None:
@@ -158,7 +163,7 @@ def test_a_run_interrupted_in_the_m_step_ends_with_the_same_bytes(
 
         return real(*args, on_step=watch, **kwargs)
 
-    monkeypatch.setattr(stages, "m_step", counted)
+    monkeypatch.setattr(training, "m_step", counted)
     # So short an interval makes every step a checkpoint.
     with pytest.raises(KeyboardInterrupt):
         make_run(url, tiny_config, "m_step.checkpoint_seconds=1e-9")
@@ -192,7 +197,7 @@ def test_a_failed_shard_keeps_the_others(
     tiny_config: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = tmp_path / "run"
-    real, calls = stages.e_step, []
+    real, calls = iterations.e_step, []
 
     def fail_third(*args: Any, **kwargs: Any) -> Any:
         calls.append(len(args[1]))
@@ -200,7 +205,7 @@ def test_a_failed_shard_keeps_the_others(
             raise OSError("the device went away")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(stages, "e_step", fail_third)
+    monkeypatch.setattr(iterations, "e_step", fail_third)
     with pytest.raises(OSError, match="the device went away"):
         make_run(url, tiny_config)
     done = len(RunStore.open(str(url)).iteration(0).shards())
@@ -218,7 +223,7 @@ def test_a_failed_shard_keeps_the_others(
         "iterations/000/reconstructions.zarr/x_hat/c/2/0/0/0",
         "iterations/000/model.safetensors",
         "iterations/001/metrics.json",
-        "start/gaussian.safetensors",
+        "start/model.safetensors",
         "observations.zarr/observation/c/0/0/0/0",
     ],
 )
@@ -252,7 +257,7 @@ def test_clean_samples_change_nothing_but_the_evaluation(
     def without_truth(**fields: Any) -> ObservationBlock:
         return ObservationBlock(**{**fields, "x": None, "label": None})
 
-    monkeypatch.setattr(stages, "ObservationBlock", without_truth)
+    monkeypatch.setattr(observations, "ObservationBlock", without_truth)
     url = tmp_path / "run"
     make_run(url, tiny_config)
     assert RunStore.open(str(url)).observations("train").truth() is None

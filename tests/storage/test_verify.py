@@ -108,7 +108,7 @@ def test_what_is_lost_or_torn_is_repaired_to_the_same_bytes(complete_run: RunSto
     [
         "observations.zarr/zarr.json",
         "observations.zarr/truth/clean/c/0/0/0/0",
-        "start/gaussian.safetensors",
+        "start/model.safetensors",
         "iterations/000/reconstructions.zarr/zarr.json",
         "iterations/000/reconstructions.zarr/x_hat/zarr.json",
         "iterations/000/reconstructions.zarr/x_hat/c/1/0/0/0",

@@ -84,8 +84,8 @@ def make_stage(stage: str, **fields: Any) -> StageRecord:
 def write_start(store: RunStore) -> None:
     start = store.start()
     if start.manifest() is None:
-        record = start.write_tensors("gaussian", {"mean": np.zeros(16, np.float32)})
-        stage = make_stage("fit", objects={"gaussian.safetensors": record})
+        record = start.write_tensors("model", {"mean": np.zeros(16, np.float32)})
+        stage = make_stage("fit", objects={"model.safetensors": record})
         start.write_stage(stage)
         start.commit(metrics=make_metrics(-1), stages={"fit": stage})
 

@@ -1,0 +1,53 @@
+"""Config to core objects: one function per object, the only road to the mathematics."""
+
+from __future__ import annotations
+
+from pipelines.build.channel import (
+    build_channel,
+    build_recorrupting_channel,
+    resamples_operators,
+)
+from pipelines.build.model import build_denoiser, build_schedule, build_times
+from pipelines.build.sampling import (
+    build_grid,
+    build_posterior,
+    build_prior,
+    build_sampler,
+    build_scaling,
+    build_temperature,
+    cov_x_rank,
+    network_calls,
+    sampler_of,
+)
+from pipelines.build.training import (
+    build_augmentation,
+    build_device,
+    build_learning_rate,
+    build_rate,
+    m_step_length,
+    starts_anew,
+)
+
+__all__ = [
+    "build_augmentation",
+    "build_channel",
+    "build_denoiser",
+    "build_device",
+    "build_grid",
+    "build_learning_rate",
+    "build_posterior",
+    "build_prior",
+    "build_rate",
+    "build_recorrupting_channel",
+    "build_sampler",
+    "build_scaling",
+    "build_schedule",
+    "build_temperature",
+    "build_times",
+    "cov_x_rank",
+    "m_step_length",
+    "network_calls",
+    "resamples_operators",
+    "sampler_of",
+    "starts_anew",
+]

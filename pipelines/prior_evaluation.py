@@ -1,0 +1,80 @@
+"""What is measured of a prior: its samples against clean samples, and corrupted, against data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from diffem_core.channel import Channel
+from diffem_core.posterior import DiffusionPrior
+from diffem_core.scaling import Scaling
+from diffem_core.seeds import derive_seed
+from pipelines.evaluation import Observed, Truth, distance_to_clean, divergences
+from storage_schemas.config import EvaluationConfig
+from storage_schemas.metrics import Metric, Metrics
+
+__all__ = ["draw_prior", "evaluate_prior"]
+
+
+def draw_prior(
+    prior: DiffusionPrior,
+    samples: int,
+    *,
+    seed: int,
+    batch_size: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Draw samples of a prior, each with a seed of its own.
+
+    Arguments:
+        prior: The prior.
+        samples: How many.
+        seed: Seed of all of them.
+        batch_size: Samples per call.
+        on_progress: Called with the number of samples just drawn.
+
+    Returns:
+        Shape (samples, *x_shape), in data units, on the CPU.
+    """
+    parts = []
+    for first in range(0, samples, batch_size):
+        numbers = range(first, min(first + batch_size, samples))
+        parts.append(prior.sample(seeds=[derive_seed(seed, i) for i in numbers]).cpu())
+        if on_progress is not None:
+            on_progress(len(numbers))
+    return torch.cat(parts)
+
+
+def evaluate_prior(
+    samples: Tensor,
+    *,
+    channel: Channel,
+    scaling: Scaling,
+    config: EvaluationConfig,
+    holdout: Observed,
+    truth: Truth | None,
+    floors: Mapping[str, Metric],
+    seed: int,
+) -> Metrics:
+    """Judge samples of a prior.
+
+    Arguments:
+        samples: Samples, shape (n, *x_shape), in data units.
+        channel: The channel, which corrupts them.
+        scaling: The change to network units.
+        config: What to measure.
+        holdout: Held-out observations.
+        truth: Clean samples, or None where nobody knows them.
+        floors: Metrics of the start, whose floors are taken over.
+        seed: Seed of the corruption.
+
+    Returns:
+        The divergence between corrupted samples and held-out observations and, where clean
+        samples are known, the distance between both.
+    """
+    values = divergences(channel, scaling, samples, holdout, None, floors, seed)
+    if truth is not None:
+        values |= distance_to_clean(samples, truth, truth.training, config, scaling)
+    return Metrics(values=values)

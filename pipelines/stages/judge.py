@@ -1,0 +1,190 @@
+"""Judging a posterior: metrics, picture, and the record of the stage. Truth is read here alone."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+
+import torch
+
+from diffem_core.classifier import DigitClassifier
+from diffem_core.posterior import DiffusionPrior, Posterior
+from diffem_core.seeds import derive_seed
+from pipelines import build
+from pipelines.evaluation import Evaluation, Observed, Truth, evaluate, work_of
+from pipelines.preview import image_preview, observed_images, vector_preview
+from pipelines.prior_evaluation import draw_prior, evaluate_prior
+from pipelines.progress import reporter, stage
+from pipelines.stages.bench import Bench, observed
+from storage_schemas.config import FrechetDistance
+from storage_schemas.manifests import (
+    IterationManifest,
+    ObjectRecord,
+    PriorManifest,
+    StageRecord,
+    StartManifest,
+)
+from storage_schemas.run_store import RunStore
+from storage_schemas.stage_folder import StageFolder, now
+
+__all__ = ["announce", "judge", "judge_prior"]
+
+# Images that the evaluation's classifier sees in its training, each as often as needed.
+_CLASSIFIER_IMAGES = 30_000
+
+
+def judge(
+    bench: Bench, folder: StageFolder, posterior: Posterior, title: str, model_digest: str
+) -> StageRecord:
+    """Evaluate a posterior, write its metrics and its picture, and record the stage."""
+    began = time.perf_counter()
+    config = bench.config.evaluation
+    holdout = observed(bench.store.observations("holdout"))
+    others = observed(bench.store.observations("train"))
+    truth = _truth(bench)
+    start = bench.store.start().manifest()
+    total = work_of(config, holdout=len(holdout), others=len(others))
+    with stage(f"{title} · evaluation", total=total, unit="samples") as advance:
+        result = evaluate(
+            posterior,
+            channel=bench.recorrupting_channel,
+            scaling=bench.scaling,
+            config=config,
+            holdout=holdout,
+            others=others,
+            truth=truth,
+            floors=None if start is None or start.metrics is None else start.metrics.values,
+            seed=bench.seed("evaluate"),
+            batch_size=bench.config.e_step.batch_size,
+            on_progress=advance,
+        )
+    objects: dict[str, ObjectRecord] = {"metrics.json": folder.write_metrics(result.metrics)}
+    if config.preview:
+        picture = _preview(bench, result, holdout, truth, f"{bench.config.name} · {title}")
+        objects["preview.png"] = folder.write_bytes("preview.png", picture)
+    record = StageRecord(
+        stage="evaluate",
+        parent_digest=model_digest,
+        objects=objects,
+        seconds=time.perf_counter() - began,
+        units=total,
+        finished=now(),
+    )
+    folder.write_stage(record)
+    return record
+
+
+def _truth(bench: Bench) -> Truth | None:
+    """Read the clean samples, where the run has any: called by the evaluation alone."""
+    holdout = bench.store.observations("holdout")
+    training = bench.store.observations("train")
+    x_holdout, x_training = holdout.truth(), training.truth()
+    if x_holdout is None or x_training is None:
+        return None
+    labels = holdout.labels()
+    classifier = None
+    if isinstance(bench.config.evaluation.distance, FrechetDistance) and labels is not None:
+        classifier = _classifier(bench.store.url, bench.config.digest)
+    return Truth(
+        holdout=torch.from_numpy(x_holdout),
+        holdout_labels=None if labels is None else torch.from_numpy(labels),
+        training=torch.from_numpy(x_training),
+        classifier=classifier,
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _classifier(run_url: str, config_digest: str) -> DigitClassifier:
+    """Fit the classifier of clean images, once a process: its seed makes it the same in each."""
+    store = RunStore.open(run_url)
+    assert store.config.digest == config_digest
+    training = store.observations("train")
+    x, labels = training.truth(), training.labels()
+    assert x is not None
+    assert labels is not None
+    return DigitClassifier.fit(
+        torch.from_numpy(x),
+        torch.from_numpy(labels),
+        scaling=build.build_scaling(store.config.data),
+        seed=derive_seed(store.config.seed, "classifier"),
+        epochs=math.ceil(_CLASSIFIER_IMAGES / len(x)),
+    )
+
+
+def _preview(
+    bench: Bench, result: Evaluation, holdout: Observed, truth: Truth | None, title: str
+) -> bytes:
+    if len(bench.channel.x_shape) == 1:
+        return vector_preview(
+            truth=None if truth is None else truth.training.numpy(),
+            draws=result.reconstructions.numpy(),
+            title=title,
+        )
+    shown = slice(0, bench.config.evaluation.preview)
+    params = {name: value[shown] for name, value in holdout.params.items()}
+    observed = observed_images(bench.channel, holdout.y[shown], params)
+    selection = bench.channel.selection(params)
+    seen = None
+    if selection is not None:
+        seen = selection.reshape(-1, *bench.channel.x_shape).any(dim=1, keepdim=True).numpy()
+    assert bench.config.data.value_range is not None
+    return image_preview(
+        truth=None if truth is None else truth.holdout[shown].numpy(),
+        observed=None if observed is None else observed.numpy(),
+        seen=seen,
+        draws=result.draws[:, shown].numpy(),
+        value_range=bench.config.data.value_range,
+        title=title,
+    )
+
+
+def announce(title: str, manifest: StartManifest | IterationManifest | PriorManifest) -> None:
+    """Tell in one line how good the model of a committed stage is."""
+    values = {} if manifest.metrics is None else manifest.metrics.values
+    told = [
+        f"{name} {metric.value:.3f}"
+        for name in ("divergence", "hidden_rmse_mean", "rmse_mean", "distance")
+        if (metric := values.get(name)) is not None and metric.value is not None
+    ]
+    seconds = sum(record.seconds for record in manifest.stages.values())
+    reporter().note(f"{title}: {', '.join([*told, f'{seconds:.1f} s'])}")
+
+
+def judge_prior(
+    bench: Bench, folder: StageFolder, prior: DiffusionPrior, samples: int, model_digest: str
+) -> StageRecord:
+    """Draw from a prior, compare with clean samples and observations, record the stage."""
+    began = time.perf_counter()
+    config = bench.config
+    with stage("prior · evaluation", total=samples, unit="samples") as advance:
+        drawn = draw_prior(
+            prior,
+            samples,
+            seed=bench.seed("prior", "samples"),
+            batch_size=config.e_step.batch_size,
+            on_progress=advance,
+        )
+        start = bench.store.start().manifest()
+        metrics = evaluate_prior(
+            drawn,
+            channel=bench.recorrupting_channel,
+            scaling=bench.scaling,
+            config=config.evaluation,
+            holdout=observed(bench.store.observations("holdout")),
+            truth=_truth(bench),
+            floors={} if start is None or start.metrics is None else start.metrics.values,
+            seed=bench.seed("prior", "evaluate"),
+        )
+    objects = {"metrics.json": folder.write_metrics(metrics)}
+    objects["samples.safetensors"] = folder.write_tensors("samples", {"x": drawn.numpy()})
+    record = StageRecord(
+        stage="evaluate",
+        parent_digest=model_digest,
+        objects=objects,
+        seconds=time.perf_counter() - began,
+        units=samples,
+        finished=now(),
+    )
+    folder.write_stage(record)
+    return record
