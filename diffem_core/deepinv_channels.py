@@ -66,8 +66,8 @@ def deepinv_channel(
         arguments: Its arguments.
         generator: Class in `deepinv.physics.generator` that draws per-sample parameters, with its
             arguments; None if the operator is the same for all.
-        noise: Noise model in `deepinv.physics`, with its arguments; None for the physics' own,
-            which is no noise with most of them.
+        noise: Noise model in `deepinv.physics`, with its arguments; None for no noise, whatever
+            the physics' own default is.
         estimate: What the network sees of y; see `PhysicsChannel`.
         maps: Parameters that the network sees as well, each of shape (c, H, W).
 
@@ -79,8 +79,10 @@ def deepinv_channel(
             physics does not fit a `PhysicsChannel`.
     """
     operator = _build(deepinv.physics, Physics, physics, arguments or {}, x_shape)
-    if noise is not None:
-        operator.noise_model = _build(deepinv.physics, NoiseModel, *noise, x_shape)
+    # Some physics come with noise of their own (Denoising with 0.1): only what is named is added.
+    operator.noise_model = _build(
+        deepinv.physics, NoiseModel, *(noise or ("ZeroNoise", {})), x_shape
+    )
     _check_noise(operator.noise_model, physics)
     drawn = None
     if generator is not None:
@@ -127,14 +129,6 @@ class _DeepinvChannel(PhysicsChannel):
             if not hasattr(self.physics, name):
                 # The level that the model was built with is not that of any sample.
                 self.noise_std = None
-        if "factor" in params:
-            draws = [self.draw_params(1, generator=rng)["factor"] for _ in range(32)]
-            factors = sorted({float(draw) for draw in draws})
-            if len(factors) > 1:
-                raise ValueError(
-                    f"the generator draws the factors {factors}, so that the shape of y changes; "
-                    "give one"
-                )
         x = torch.rand(n, *self.x_shape, generator=rng)
         for y in (
             self._bound(params, x.dtype).A(x),
@@ -186,7 +180,8 @@ class _OnDeviceOfSeed(PhysicsGenerator):  # type: ignore[misc]
     physics do.
 
     Raises:
-        ValueError: No draw is a parameter of the operator or its noise, or one is not a tensor.
+        ValueError: No draw is a parameter of the operator or its noise, one is not a tensor, or
+            the shape of y would change.
     """
 
     def __init__(self, drawn: PhysicsGenerator, operator: Physics) -> None:
@@ -201,6 +196,11 @@ class _OnDeviceOfSeed(PhysicsGenerator):  # type: ignore[misc]
                 f"the generator draws {', '.join(draws)}, which neither "
                 f"{type(operator).__name__} nor {type(operator.noise_model).__name__} has; take "
                 "another generator"
+            )
+        if "factor" in self.names:
+            raise ValueError(
+                f"{type(self.drawn).__name__} draws the factor, on which the shape of y depends; "
+                "give one factor in the physics' arguments"
             )
         for name in self.names:
             if not isinstance(draws[name], Tensor):
@@ -257,7 +257,7 @@ def _build(
     values = {key: _plain(value) for key, value in arguments.items() if key != "seed"}
     if isinstance(values.get("filter"), Mapping):
         values["filter"] = _filter(values["filter"])
-    sizes = {"img_size": tuple(x_shape[1:] if name in _WITHOUT_BANDS else x_shape)}
+    sizes: dict[str, Any] = {"img_size": tuple(x_shape[1:] if name in _WITHOUT_BANDS else x_shape)}
     if len(set(x_shape[1:])) == 1:
         sizes["img_width"] = x_shape[-1]
     values = {key: size for key, size in sizes.items() if key in taken} | values
@@ -348,10 +348,7 @@ def _check_noise(noise_model: Any, physics: str) -> None:
     """Refuse noise that would not be a function of the channel's generator."""
     if isinstance(noise_model, ZeroNoise):
         return
-    if (
-        not isinstance(noise_model, NoiseModel)
-        or "rng" not in inspect.signature(type(noise_model)).parameters
-    ):
+    if "rng" not in inspect.signature(type(noise_model)).parameters:
         raise ValueError(
             f"deepinv's {physics} with the noise {type(noise_model).__name__} does not fit a "
             "PhysicsChannel: this noise draws from torch's global generator, so that a run could "

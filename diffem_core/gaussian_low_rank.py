@@ -35,7 +35,6 @@ from torch import Tensor
 
 from diffem_core.gaussian_prior import GaussianPrior
 from diffem_core.gaussian_systems import NOISE_FLOOR, Systems, noise_variance, rows_of
-from diffem_core.noise import SampleNoise
 from diffem_core.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -91,14 +90,15 @@ def fit_low_rank(
     m, w, h = (mean.new_empty(n, size) for _ in range(3))
     for k in range(iterations):
         systems = Systems(channel, variance=variance, prior=prior, iterative=True)
+        generator = torch.Generator().manual_seed(derive_seed(seed, "gaussian_start", k))
         for rows in systems.chunks(n):
             system = systems.build(rows_of(params, rows), len(y[rows]))
             m[rows] = prior.mean + system.gain(system.residual(y[rows], prior.mean))
-            seeds = [derive_seed(seed, "gaussian_start", k, i) for i in range(n)[rows]]
-            noise = SampleNoise(seeds, device=y.device, dtype=mean.dtype)
-            # One call for all: draws of one shape are made several at a time.
-            z = noise.normal((rank + size + math.prod(channel.y_shape),))
-            u, e, e_y = z.split((rank, size, z.shape[1] - rank - size), dim=1)
+            width = rank + size + math.prod(channel.y_shape)
+            z = torch.randn(len(y[rows]), width, generator=generator, dtype=mean.dtype).to(
+                y.device
+            )
+            u, e, e_y = z.tensor_split((rank, rank + size), dim=1)
             x = u @ prior.factor.mT + e * prior.diag.sqrt()
             h[rows] = system.gain(-system.residual(-math.sqrt(variance) * e_y, x))
             w[rows] = x - h[rows]

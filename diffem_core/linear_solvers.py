@@ -18,7 +18,7 @@ __all__ = ["conjugate_gradients", "solve"]
 
 Operator = Callable[[Tensor], Tensor]
 
-_PASSES = 4
+_PASSES = 3
 
 
 def conjugate_gradients(
@@ -41,25 +41,33 @@ def conjugate_gradients(
 
 
 def solve(
-    operator: Operator, b: Tensor, *, tolerance: float = 1e-5, iterations: int = 500
+    operator: Operator,
+    b: Tensor,
+    *,
+    tolerance: float = 1e-5,
+    stalled: float = 1e-3,
+    iterations: int = 500,
 ) -> Tensor:
     """Solve systems by conjugate gradients, or fail.
 
-    The residual b - G v is computed afresh after the iterations have stopped: in float32 the one
-    that they update drifts away from it. Samples that it exceeds the tolerance for go on from
-    where they are.
+    The residual b - G v is computed afresh after the iterations have stopped, since rounding lets
+    the one that they update drift away from it; samples that still miss the tolerance go on from
+    where they are. Where an operator rounds to float32, G v is known to about 1e-7 |G| |v| only,
+    which can be more than the tolerance: a residual that no longer falls is let pass up to
+    `stalled`.
 
     Arguments:
         operator: Applies the matrices G to vectors of the shape of b.
         b: Right-hand sides of shape (n, ...).
-        tolerance: Largest |b - G v| of a sample, as a fraction of |b|.
+        tolerance: Wanted |b - G v| of a sample, as a fraction of |b|.
+        stalled: Largest |b - G v| that is let pass, as a fraction of |b|.
         iterations: Largest number of iterations between two computations of the residual.
 
     Returns:
         Solutions v of the shape of b.
 
     Raises:
-        FloatingPointError: A sample does not converge.
+        FloatingPointError: A sample's residual is more than `stalled`.
     """
     square = _dot(b, b)
     limit = tolerance**2 * square
@@ -72,10 +80,13 @@ def solve(
             return v
         r = torch.where(missed, r, 0.0)
     worst = float((_dot(r, r) / square.clamp_min(1e-300)).max().sqrt())
+    if worst <= stalled:
+        return v
     raise FloatingPointError(
         f"conjugate gradients left a residual of {worst:.1e} of the right-hand side after "
-        f"{_PASSES} times {iterations} iterations, where {tolerance:.1e} is needed: the system is "
-        "too ill-conditioned; use a channel with more noise, or a prior with a larger diagonal"
+        f"{_PASSES} times {iterations} iterations, where {stalled:.1e} is the largest allowed: "
+        "the system is too ill-conditioned; use a channel with more noise, or a prior with a "
+        "larger diagonal"
     )
 
 

@@ -90,7 +90,8 @@ class FourierBlur(LinearPhysics):  # type: ignore[misc]
     def A(self, x: Tensor, sigma: Tensor | None = None, **kwargs: object) -> Tensor:
         """Blur (n, C, H, W), with sigma in pixels of shape (n,), (n, 1) or (1,)."""
         self.update_parameters(sigma=sigma)
-        return torch.fft.irfft2(torch.fft.rfft2(x) * self._transfer(), s=x.shape[-2:])
+        y: Tensor = torch.fft.irfft2(torch.fft.rfft2(x) * self._transfer(), s=x.shape[-2:])
+        return y
 
     def A_adjoint(self, y: Tensor, sigma: Tensor | None = None, **kwargs: object) -> Tensor:
         """Blur again: the operator is symmetric."""
@@ -101,7 +102,8 @@ class FourierBlur(LinearPhysics):  # type: ignore[misc]
         self.update_parameters(sigma=sigma)
         transfer = self._transfer()
         inverse = torch.where(transfer > 1e-3, 1 / transfer, 0.0)
-        return torch.fft.irfft2(torch.fft.rfft2(y) * inverse, s=y.shape[-2:])
+        x: Tensor = torch.fft.irfft2(torch.fft.rfft2(y) * inverse, s=y.shape[-2:])
+        return x
 
     def _transfer(self) -> Tensor:
         width = self.sigma.reshape(-1, 1, 1, 1)
@@ -133,7 +135,8 @@ class MaskedBasis(LinearPhysics):  # type: ignore[misc]
         """Compute the coefficients that are taken, 0 elsewhere."""
         self.update_parameters(mask=mask)
         coefficients: Tensor = (x.flatten(1) @ self.basis).reshape(x.shape)
-        return coefficients * self.mask
+        taken: Tensor = coefficients * self.mask
+        return taken
 
     def A_adjoint(self, y: Tensor, mask: Tensor | None = None, **kwargs: object) -> Tensor:
         """Add up the basis images of the coefficients that are taken."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffem_core.denoiser import Denoiser
 from diffem_core.examples import Examples, denoising_loss
-from diffem_core.schedule import VELogLinear
+from diffem_core.schedule import Schedule
 from diffem_core.seeds import derive_seed
 from diffem_core.times import TimeDistribution
 
@@ -79,7 +79,7 @@ class HeldOutLoss:
     def __init__(
         self,
         examples: Examples,
-        schedule: VELogLinear,
+        schedule: Schedule,
         times: TimeDistribution,
         *,
         batch_size: int,
@@ -110,7 +110,7 @@ class HeldOutLoss:
         device = next(denoiser.parameters()).device
         n = len(self.examples.x_hat)
         total = torch.zeros((), dtype=torch.float64, device=device)
-        for number, rows in enumerate(torch.arange(n).split(self.batch_size)):
+        for number, rows in enumerate(torch.split(torch.arange(n), self.batch_size)):
             generator = torch.Generator(device)
             generator.manual_seed(derive_seed(self.seed, "validation", number))
             x, condition = self.examples.draw(rows, generator)

@@ -43,6 +43,7 @@ def check_config(config: RunConfig) -> None:
     if build.resamples_operators(config.channel):
         build.build_recorrupting_channel(config.channel, channel, params)
     _check_methods(config, channel)
+    channel = build.build_conditioning_channel(config, channel, None)
     condition = channel.condition(y, params, build.build_scaling(config.data))
     modes = {not config.is_mmps(k) for k in range(config.iterations)}
     if config.prior is not None:

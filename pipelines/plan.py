@@ -68,6 +68,7 @@ def make_plan(config: RunConfig) -> Plan:
     x_shape = tuple(clean.x.shape[1:])
     device = build.build_device(config.runner)
     channel = build.build_channel(config.channel, x_shape)
+    channel = build.build_conditioning_channel(config, channel, None)
     denoiser = build.build_denoiser(config, channel, device=device)
     parameters = sum(p.numel() for p in denoiser.parameters())
     holdout = config.data.holdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipelines.build.channel import (
     build_channel,
+    build_conditioning_channel,
     build_recorrupting_channel,
     resamples_operators,
 )
@@ -31,6 +32,7 @@ from pipelines.build.training import (
 __all__ = [
     "build_augmentation",
     "build_channel",
+    "build_conditioning_channel",
     "build_denoiser",
     "build_device",
     "build_grid",

@@ -75,7 +75,26 @@ class Bench:
         params: Mapping[str, Tensor] = {}
         if build.resamples_operators(self.config.channel):
             params = as_tensors(self.store.observations("train").params())
-        return build.build_recorrupting_channel(self.config.channel, self.channel, params)
+        channel = build.build_recorrupting_channel(self.config.channel, self.channel, params)
+        return build.build_conditioning_channel(self.config, channel, self._start_prior)
+
+    @functools.cached_property
+    def conditioning_channel(self) -> Channel:
+        """The channel that says what the network sees of an observation."""
+        return build.build_conditioning_channel(self.config, self.channel, self._start_prior)
+
+    @functools.cached_property
+    def _start_prior(self) -> GaussianPrior | None:
+        """The Gaussian prior of the start; None where the network does not need it."""
+        if self.config.condition == "observation":
+            return None
+        fit = self.store.start().stage("fit", checksum=False)
+        if fit is None:
+            return None
+        digest = fit.objects["model.safetensors"].sha256
+        return GaussianPrior.from_tensors(
+            as_tensors(self.store.start().read_tensors("model", digest=digest)[0])
+        )
 
     def denoiser(self, weights: Weights | None, *, conditional: bool = True) -> Denoiser:
         """Build the denoiser, with the run's initial weights or with the given ones.
@@ -84,7 +103,7 @@ class Bench:
             ValueError: The weights belong to another network.
         """
         denoiser = build.build_denoiser(
-            self.config, self.channel, device=self.device, conditional=conditional
+            self.config, self.conditioning_channel, device=self.device, conditional=conditional
         )
         if weights is not None:
             load_weights(denoiser, as_tensors(weights))
@@ -126,7 +145,7 @@ class Bench:
             covariance = GaussianPrior.from_tensors(as_tensors(folder.read_tensors("cov_x")[0]))
         return build.build_posterior(
             self.config,
-            self.channel,
+            self.channel if mmps else self.conditioning_channel,
             self.denoiser(weights, conditional=not mmps),
             mmps=mmps,
             covariance=covariance,

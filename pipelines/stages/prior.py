@@ -111,4 +111,6 @@ def _prior(
     weights, _ = bench.store.prior().read_tensors("model", digest=model_digest)
     conditional = isinstance(config, JointPrior)
     denoiser = bench.denoiser(weights, conditional=conditional)
-    return build.build_prior(bench.config, bench.channel, denoiser, conditional=conditional)
+    return build.build_prior(
+        bench.config, bench.conditioning_channel, denoiser, conditional=conditional
+    )

@@ -13,9 +13,10 @@ from torch import Tensor
 from diffem_core.augmentation import Augmentation
 from diffem_core.channel import Channel
 from diffem_core.denoiser import Denoiser
-from diffem_core.m_step import MStepResult, Validation, m_step
+from diffem_core.m_step import MStepResult, m_step
 from diffem_core.seeds import derive_seed
 from diffem_core.training import TrainingState
+from diffem_core.validation import Validation
 from pipelines import build
 from pipelines.progress import stage
 from pipelines.stages.bench import Bench, as_arrays, as_tensors

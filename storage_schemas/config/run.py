@@ -65,6 +65,9 @@ class RunConfig(Record):
     """Where the observations come from."""
     channel: ChannelConfig
     """The corruption Q(y | x)."""
+    condition: Literal["observation", "gaussian_mean"] = "observation"
+    """What the network sees: the observation with its operator, or also the posterior mean under
+    the Gaussian prior of the start (not in the paper; for operators that are hard to invert)."""
     network: NetworkConfig
     """The network inside the denoiser."""
     schedule: ScheduleConfig = VELogLinear()
@@ -157,6 +160,12 @@ class RunConfig(Record):
             return (
                 "prior.kind is 'joint' but method is 'em-mmps', whose model is the prior already; "
                 "leave prior out, or take 'unconditional'"
+            )
+        gaussian = isinstance(self.start, (GaussianStart, MMPSStart))
+        if self.condition == "gaussian_mean" and not gaussian:
+            return (
+                f"condition is 'gaussian_mean' but start.kind {self.start.kind!r} fits no "
+                "Gaussian prior; take start.kind 'gaussian' or 'mmps'"
             )
         if isinstance(self.start, MMPSStart) and self.start.laps >= self.iterations:
             return (

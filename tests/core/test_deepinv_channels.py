@@ -139,7 +139,7 @@ def test_each_sample_has_its_own_operator_which_leaves_no_trace(name: str) -> No
 
 def test_the_parts_are_the_named_ones() -> None:
     channel = build("blur_fft")
-    torch.testing.assert_close(channel.physics.filter, gaussian_blur(sigma=(1.0, 1.0)))
+    assert channel.noise_std == pytest.approx(0.1)
     impulse = torch.zeros(1, 3, 16, 16)
     impulse[..., 8, 8] = 1
     kernel = gaussian_blur(sigma=(1.0, 1.0))
@@ -153,7 +153,7 @@ def test_the_parts_are_the_named_ones() -> None:
     torch.testing.assert_close(channel.physics.filter, bicubic_filter(2))
     assert channel.y_shape == (1, 8, 8)
     assert channel.noise_std == 0.0
-    assert build("compressed_sensing").noise_std == pytest.approx(0.1)
+    assert deepinv_channel((1, 8, 8), physics="Denoising").noise_std == 0.0, "not deepinv's 0.1"
 
     mask = draw(build("mri"), 200)["mask"]
     assert torch.equal(mask[:, :1].expand_as(mask), mask), "both parts"
@@ -295,9 +295,7 @@ def refusal(shape: tuple[int, ...] = (1, 8, 8), **parts: Any) -> str:
 
 def test_unknown_names_list_the_known_ones() -> None:
     message = refusal(physics="Telescope")
-    assert (
-        "'Telescope', which is no Physics in deepinv.physics; known are Blur" in message
-    )
+    assert "'Telescope', which is no Physics in deepinv.physics; known are Blur" in message
     assert "GaussianNoise" not in message
     known = message.split("known are ")[1].split(", ")
     assert known == sorted(known)
@@ -342,6 +340,8 @@ def test_wrong_arguments_are_named() -> None:
         )
 
 
+# deepinv 0.5's DownsamplingGenerator copies a tensor in a way that PyTorch warns of.
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")
 @pytest.mark.parametrize(
     ("shape", "parts", "expected"),
     [
@@ -364,7 +364,7 @@ def test_wrong_arguments_are_named() -> None:
                 "arguments": {"filter": None},
                 "generator": ("DownsamplingGenerator", {"psf_size": [15, 15]}),
             },
-            r"draws the factors \[2.0, 4.0\], so that the shape of y changes",
+            "draws the factor, on which the shape of y depends; give one factor",
         ),
         (
             (1, 8, 8),

@@ -3,9 +3,11 @@
 import math
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffem_core import MLP, Denoiser, SinusoidalEmbedding, UNet, denoising_loss
@@ -171,6 +173,44 @@ def test_attention_reaches_across_the_image() -> None:
         reach[name] = float(gradient[0, 0, 31, 31].abs())
     assert reach["with"] > 0
     assert reach["without"] == 0
+
+
+def test_the_order_of_the_paths_is_the_documented_one() -> None:
+    # A plain re-implementation: enter, normalize below the finest level, blocks; then, from the
+    # coarsest level up, normalize, upsample, concatenate the skip, convolve, blocks; leave.
+    net = small_unet(condition_channels=0, channels=(4, 6, 8), blocks=(2, 1, 1)).double()
+    x = randn(2, 1, 8, 8)
+    c_noise = torch.tensor([-1.0, 2.0], dtype=torch.float64)
+
+    def normalize(h: Tensor) -> Tensor:
+        mean = h.mean(1, keepdim=True)
+        variance = (h - mean).square().mean(1, keepdim=True)
+        return (h - mean) / (variance + 1e-5).sqrt()
+
+    def blocks(h: Tensor, level: Any, which: range) -> Tensor:
+        for index in which:
+            m = level.modulation
+            hidden = F.silu(features @ m.weight_1[index] + m.bias_1[index])
+            out = hidden @ m.weight_2[index] + m.bias_2[index]
+            a, b, c = (v[:, :, None, None] for v in out.chunk(3, dim=1))
+            branch = level.blocks[index](normalize((1 + a) * h + b))
+            h = (h + c * branch) / (1 + c.square()).sqrt()
+        return h
+
+    features = net.embed(c_noise)
+    h, skips = x, []
+    for index, (enter, level) in enumerate(zip(net.enter, net.levels, strict=True)):
+        h = enter(h)
+        h = normalize(h) if index else h
+        h = blocks(h, level, range(len(level.blocks) // 2))
+        skips.append(h)
+    for index in (2, 1, 0):
+        level = net.levels[index]
+        if index < 2:
+            up = normalize(h).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+            h = net.merge[index](torch.cat([up, skips[index]], dim=1))
+        h = blocks(h, level, range(len(level.blocks) // 2, len(level.blocks)))
+    torch.testing.assert_close(net(x, c_noise), net.leave(h), rtol=1e-9, atol=1e-9)
 
 
 def test_a_new_unet_is_the_preconditioned_identity_and_trains() -> None:

@@ -286,8 +286,8 @@ def test_bad_input() -> None:
         fit_gaussian_prior(y, params, mask, rank=13)
     matrix = CHANNELS["matrix"]()
     _, _, y_matrix, params_matrix = world(matrix, 5)
-    with pytest.raises(ValueError, match="RandomMatrix does not just select entries"):
-        fit_gaussian_prior(y_matrix, params_matrix, matrix, rank=2)
+    with pytest.raises(ValueError, match="rank 6; give 1 to 5, or None"):
+        fit_gaussian_prior(y_matrix, params_matrix, matrix, rank=6)
     with pytest.raises(ValueError, match=r"12 dimensions but .* shape \(6,\)"):
         GaussianPosterior(prior, matrix)
     with pytest.raises(ValueError, match="see nothing"):

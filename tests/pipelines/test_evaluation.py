@@ -245,7 +245,7 @@ def white(n: int, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 LINEAR: dict[str, Callable[[], Channel]] = {
-    "gaussian_blur": lambda: gaussian_blur(SHAPE, sigma=0.7, noise_std=1.0),
+    "gaussian_blur": lambda: gaussian_blur(SHAPE, sigma=0.7, noise_std=0.5),
     "super_resolution": lambda: super_resolution(SHAPE, factor=2, noise_std=1.0),
     "compressed_sensing": lambda: compressed_sensing(
         SHAPE, measurements=24, noise_std=1.0, fixed=True
