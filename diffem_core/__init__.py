@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from diffem_core.classifier import DigitClassifier
     from diffem_core.deepinv_channels import deepinv_channel
     from diffem_core.denoiser import Denoiser
-    from diffem_core.e_step import e_step
+    from diffem_core.e_step import e_step, refreshed
     from diffem_core.em import EMIteration, em
     from diffem_core.gaussian import (
         GaussianPosterior,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         fit_gaussian_prior,
         log_likelihood,
     )
+    from diffem_core.gaussian_condition import GaussianMeanChannel
     from diffem_core.grids import karras_grid, log_linear_grid
     from diffem_core.linear_solvers import conjugate_gradients
     from diffem_core.m_step import MStepResult, denoising_loss, m_step
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         psnr,
         rmse,
         sinkhorn_divergence,
+        sliced_image_distance,
         sliced_wasserstein,
     )
     from diffem_core.mmps import MMPSPosterior, mmps_denoise
@@ -102,8 +104,9 @@ _MODULES = {
     "classifier": ("DigitClassifier",),
     "deepinv_channels": ("deepinv_channel",),
     "denoiser": ("Denoiser",),
-    "e_step": ("e_step",),
+    "e_step": ("e_step", "refreshed"),
     "gaussian": ("GaussianPosterior", "GaussianPrior", "fit_gaussian_prior", "log_likelihood"),
+    "gaussian_condition": ("GaussianMeanChannel",),
     "grids": ("karras_grid", "log_linear_grid"),
     "linear_solvers": ("conjugate_gradients",),
     "m_step": ("MStepResult", "denoising_loss", "m_step"),
@@ -113,6 +116,7 @@ _MODULES = {
         "psnr",
         "rmse",
         "sinkhorn_divergence",
+        "sliced_image_distance",
         "sliced_wasserstein",
     ),
     "mmps": ("MMPSPosterior", "mmps_denoise"),
@@ -154,6 +158,7 @@ __all__ = [
     "DiffusionPrior",
     "DigitClassifier",
     "EMIteration",
+    "GaussianMeanChannel",
     "GaussianPosterior",
     "GaussianPrior",
     "LogNormalTime",
@@ -208,9 +213,11 @@ __all__ = [
     "predictor_corrector",
     "psnr",
     "quantization",
+    "refreshed",
     "rmse",
     "seeded_initialization",
     "sinkhorn_divergence",
+    "sliced_image_distance",
     "sliced_wasserstein",
     "super_resolution",
     "with_observed_operators",

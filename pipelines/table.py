@@ -77,8 +77,11 @@ def print_run(status: RunStatus, summary: Summary) -> None:
     """Print the history of a run that has just been worked on, and how to look at it."""
 
     def reused(step: StepStatus, name: str) -> str:
-        if step.iteration is None:
+        if step is status.start:
             return "reused" if summary.start_reused else ""
+        if step is status.prior:
+            return "reused" if summary.prior_reused else ""
+        assert step.iteration is not None, "the others are iterations"
         touched = summary.iterations.get(step.iteration)
         if touched is None or touched.complete:
             return "reused"
@@ -124,6 +127,8 @@ def _print_history(
     console: Console, status: RunStatus, reused: Callable[[StepStatus, str], str]
 ) -> None:
     steps = [status.start, *status.history]
+    if status.prior is not None:
+        steps.append(status.prior)
     shown = [c for c in _COLUMNS if any(c[0] in step.metrics for step in steps)]
     if any("hidden_rmse_mean" in step.metrics for step in steps):
         shown = [c for c in shown if c[0] not in {"rmse_sample", "rmse_mean"}]
@@ -135,9 +140,12 @@ def _print_history(
         table.add_column(heading, justify="right", no_wrap=True)
     for step in steps:
         cells = [_number(step, name, form) for name, _, form in shown]
-        if step.iteration is None:
+        if step is status.start:
             stages = [("fit", "e_step"), ("", ""), ("evaluate", "evaluate")]
             name = "start"
+        elif step is status.prior:
+            stages = [("", ""), ("fit", "m_step"), ("evaluate", "evaluate")]
+            name = "prior" if step.state == "complete" else f"prior ({step.state})"
         else:
             stages = [(s, s) for s in ("e_step", "m_step", "evaluate")]
             name = f"{step.iteration:03d}" + (

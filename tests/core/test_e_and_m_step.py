@@ -34,6 +34,7 @@ from diffem_core import (
     linear_rate,
     log_linear_grid,
     m_step,
+    refreshed,
     seeded_initialization,
 )
 from diffem_core.examples import Batches
@@ -541,3 +542,27 @@ def test_training_lowers_the_loss_on_held_out_samples() -> None:
         model, x[:40], steps=150, learning_rate=constant_rate(3e-3), batch_size=40, ema_decay=0.95
     )
     assert held_out() < 0.7 * before
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.3, 0.5, 1.0])
+def test_a_lazy_e_step_gives_every_observation_its_turn_at_even_intervals(
+    fraction: float,
+) -> None:
+    ids = list(range(4000))
+    turns = torch.stack(
+        [refreshed(ids, iteration=k, fraction=fraction, seed=7) for k in range(20)]
+    )
+    # 20 iterations hold 20 f turns of each observation (an integer for these fractions).
+    assert (turns.sum(0) == round(20 * fraction)).all()
+    share = turns.double().mean(1)
+    assert (share - fraction).abs().max() < 5 * math.sqrt(fraction * (1 - fraction) / 4000) + 1e-9
+    for observation in turns.T[:50]:
+        gaps = observation.nonzero().flatten().diff()
+        assert ((gaps - 1 / fraction).abs() < 1).all()
+    again = refreshed(ids[::-1], iteration=3, fraction=fraction, seed=7)
+    assert torch.equal(again.flip(0), turns[3]), "the id decides, not the place"
+
+
+def test_a_lazy_e_step_refuses_other_fractions() -> None:
+    with pytest.raises(ValueError, match=r"fraction 0; give a number in \(0, 1\]"):
+        refreshed([1], iteration=0, fraction=0, seed=0)

@@ -225,6 +225,14 @@ def test_moments_are_those_of_the_posteriors(name: str, monkeypatch: pytest.Monk
     ):
         assert ((own - (S - (K @ A @ S).mean(0))).abs() < bound).all()
     assert moments.trace == pytest.approx(float(found.diagonal().sum()), rel=1e-9)
+    # Draw by draw: of x' = w + h, h is K (A x' + e'), so that what is left of it is K e'. Its mean
+    # square has the relative error of a chi-square with at least n degrees of freedom.
+    x = (moments.w + moments.h).unsqueeze(2)
+    left = moments.h - (K @ (A @ x)).squeeze(2)
+    expected_square = channel.noise_std**2 * K.expand(n, -1, -1).square().sum()
+    assert float(left.square().sum() / expected_square) == pytest.approx(
+        1, abs=5 * math.sqrt(2 / n)
+    )
 
 
 def test_principal_components_are_the_maximum_of_the_likelihood() -> None:
