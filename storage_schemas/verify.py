@@ -42,6 +42,7 @@ from storage_schemas.manifests import (
 )
 from storage_schemas.metrics import Metrics
 from storage_schemas.objects import ObjectStore
+from storage_schemas.prior_store import PriorStore
 from storage_schemas.run_store import RUN, RunStore
 from storage_schemas.stage_folder import CHECKPOINT, METRICS
 
@@ -290,8 +291,21 @@ class _Check:
         if manifest.config_digest != self.store.manifest.config_digest:
             self._damage(path, "was computed with another config")
         made_of = self.models.get(manifest.iteration)
-        if made_of not in (None, manifest.parent_digest):
+        if made_of is None:
+            commit = self.store.iteration(manifest.iteration).path(reconstructions.COMMIT)
+            if not self.store.objects.exists(commit):
+                self._miss(commit, "is missing although the prior is there")
+        elif made_of != manifest.parent_digest:
             self._damage(path, f"was made of another model of iteration {manifest.iteration}")
+        if not self.quick:
+            self._decode_prior(prior, manifest)
+
+    def _decode_prior(self, prior: PriorStore, manifest: PriorManifest) -> None:
+        try:
+            prior.read_tensors("model", digest=manifest.model_digest)
+        except DamageError as error:
+            if error.path not in {fault.path for fault in [*self.missing, *self.damaged]}:
+                self._damage(error.path, error.problem)
 
     def _committed(
         self, iteration: IterationStore, manifest: IterationManifest, parent: str | None

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from diffem_core.noise import SampleNoise
+from diffem_core.samplers import ddpm
+from diffem_core.times import BetaTime
 from pipelines import build
 from pipelines.config_io import load_config
-from storage_schemas.config import RunConfig
+from storage_schemas.config import GaussianStart, RunConfig
 
 DIGITS = "deploy/experiments/digits.yaml"
 MANIFOLD = "deploy/experiments/manifold.yaml"
@@ -321,3 +323,39 @@ def test_the_network_sees_the_observation_only_where_it_is_conditional() -> None
         for given in (True, False)
     ]
     assert shapes[0] != shapes[1]
+
+
+def test_the_defaults_are_the_paper_s_network_and_settings() -> None:
+    config = load_config(
+        DIGITS,
+        [
+            "data={kind: photos, size: 32, bands: 3}",
+            "channel={kind: random_mask, keep: 0.25, noise_std: 0.01}",
+            "network={kind: unet}",
+            "schedule={kind: ve_log_linear}",
+            "time={kind: beta}",
+            "e_step={}",
+            "m_step={steps: 1}",
+            "start={kind: gaussian}",
+            "evaluation={}",
+        ],
+    )
+    channel = build.build_channel(config.channel, config.data.x_shape)
+    denoiser = build.build_denoiser(config, channel, device=CPU)
+    # The official conditional network at the CIFAR-10 configuration.
+    assert sum(p.numel() for p in denoiser.parameters()) == pytest.approx(57_564_294, rel=1e-4)
+    built = build.build_schedule(config.schedule)
+    assert (built.sigma_min, built.sigma_max) == (1e-3, 1e2)
+    assert build.build_times(config.time) == BetaTime(a=3.0, b=3.0)
+    assert build.build_scaling(config.data).to_network(torch.tensor([0.0, 255.0])).tolist() == [
+        -2,
+        2,
+    ]
+    drawn = build.build_sampler(config.e_step.sampler, config.schedule)
+    assert isinstance(drawn, functools.partial)
+    assert drawn.func is ddpm
+    assert len(drawn.keywords["sigmas"]) == 257
+    rate = build.build_learning_rate(config, 3)
+    assert rate(0) == rate(1000) == 2e-4
+    assert (config.m_step.ema_decay, config.m_step.clip_norm) == (0.9999, 1.0)
+    assert config.start == GaussianStart(iterations=16)

@@ -101,7 +101,9 @@ def test_every_stored_model_has_the_present_version() -> None:
 def test_the_schema_of_the_config_describes_every_field() -> None:
     schema = json.loads(run_config_schema())
     assert schema["$schema"].endswith("2020-12/schema")
-    definitions = [schema, *schema["$defs"].values()]
+    # JsonValue is whatever a class of deepinv or of the user's own takes as an argument.
+    named = {name: d for name, d in schema["$defs"].items() if name != "JsonValue"}
+    definitions = [schema, *named.values()]
     assert len(definitions) > 15
     for definition in definitions:
         assert definition["additionalProperties"] is False

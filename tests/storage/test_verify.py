@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from storage_schemas.documents import write_json
 from storage_schemas.lease import RunLease
 from storage_schemas.objects import ObjectStore
 from storage_schemas.run_store import RunStore
@@ -43,7 +44,7 @@ def test_every_missing_and_every_truncated_object_is_named(complete_run: RunStor
         if path != "run.json":
             objects.delete(path)
             report = verify(objects, quick=True)
-            assert path in faults(report) or path == "iterations/001/iteration.json"
+            assert path in faults(report) or path == "prior/prior.json"
         objects.write(path, data[: len(data) // 2])
         assert path in faults(verify(objects, quick=True))
         objects.write(path, data)
@@ -51,17 +52,37 @@ def test_every_missing_and_every_truncated_object_is_named(complete_run: RunStor
 
 
 def test_the_last_commit_alone_can_be_missing_without_fault(complete_run: RunStore) -> None:
+    complete_run.objects.delete("prior/prior.json")
+    report = verify(complete_run)
+    assert report.ok
+    assert [fault.path for fault in report.unfinished] == ["prior"]
+    complete_run.prior().clear()
     complete_run.objects.delete("iterations/001/iteration.json")
     report = verify(complete_run)
     assert report.ok
     assert [fault.path for fault in report.unfinished] == ["iterations/001"]
 
 
+def test_a_prior_follows_from_the_iteration_that_it_names(complete_run: RunStore) -> None:
+    objects = complete_run.objects
+    objects.delete("iterations/001/iteration.json")
+    assert faults(verify(complete_run)) == {"iterations/001/iteration.json"}
+    resume_run(objects)
+    committed = complete_run.prior().manifest()
+    assert committed is not None
+    other = committed.model_copy(update={"parent_digest": "0" * 64})
+    write_json(objects, "prior/prior.json", other)
+    assert faults(verify(complete_run)) == {"prior/prior.json"}
+    other = committed.model_copy(update={"config_digest": "0" * 64})
+    write_json(objects, "prior/prior.json", other)
+    assert faults(verify(complete_run)) == {"prior/prior.json"}
+
+
 def test_flipped_bits_are_named(complete_run: RunStore) -> None:
     """Five rounds with a bit of every object that a manifest names flipped: over 200."""
     objects = complete_run.objects
     whole = contents(objects)
-    commits = ("run.json", "observations.json", "start/start.json", "/iteration.json")
+    commits = ("run.json", "observations.json", "/start.json", "/iteration.json", "/prior.json")
     named = {path: data for path, data in whole.items() if not path.endswith(commits)}
     rng = np.random.default_rng(0)
     for _ in range(5):
@@ -79,6 +100,7 @@ def test_flipped_bits_of_commits_are_named_or_without_effect(complete_run: RunSt
         "observations.json",
         "start/start.json",
         "iterations/000/iteration.json",
+        "prior/prior.json",
     ):
         whole = objects.read(path)
         for _ in range(5):
@@ -115,6 +137,8 @@ def test_what_is_lost_or_torn_is_repaired_to_the_same_bytes(complete_run: RunSto
         "iterations/000/model.safetensors",
         "iterations/001/metrics.json",
         "iterations/001/preview.png",
+        "prior/model.safetensors",
+        "prior/metrics.json",
     ],
 )
 def test_a_flipped_bit_is_repaired_after_a_full_verification(

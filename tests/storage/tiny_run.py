@@ -90,6 +90,20 @@ def write_start(store: RunStore) -> None:
         start.commit(metrics=make_metrics(-1), stages={"fit": stage})
 
 
+def write_prior(store: RunStore) -> None:
+    last, prior = store.completed()[-1], store.prior()
+    committed = prior.manifest()
+    if committed is not None and committed.parent_digest == last.model_digest:
+        return
+    if committed is not None:
+        prior.clear()
+    record = prior.write_tensors("model", {"w": np.full(16, last.iteration, np.float32)})
+    parent = last.model_digest
+    stage = make_stage("fit", parent_digest=parent, objects={"model.safetensors": record})
+    prior.write_stage(stage)
+    prior.commit(last, metrics=make_metrics(last.iteration), stages={"fit": stage})
+
+
 def lay_out(store: RunStore, iteration: int) -> IterationStore:
     folder = store.iteration(iteration)
     parent = store.parent_digest(iteration)
@@ -147,6 +161,7 @@ def resume_run(url: str | ObjectStore) -> RunStore:
     write_start(store)
     for iteration in range(len(store.completed()), store.config.iterations):
         resume_iteration(store, iteration)
+    write_prior(store)
     return store
 
 
