@@ -8,6 +8,7 @@ from diffem_core.channel import Channel
 from diffem_core.gaussian_systems import require_linear_gaussian
 from diffem_core.posterior import PseudoInverse
 from pipelines import build
+from pipelines.ingest.stored import require_fit
 from pipelines.model_files import load_weights, read_model
 from storage_schemas.config import (
     GaussianStart,
@@ -16,6 +17,7 @@ from storage_schemas.config import (
     ModelStart,
     PseudoInverseStart,
     RunConfig,
+    StoreData,
 )
 
 __all__ = ["check_config"]
@@ -23,6 +25,8 @@ __all__ = ["check_config"]
 
 def check_config(config: RunConfig) -> None:
     """Build everything that a config names, and pass one sample of zeros through it.
+
+    Observations of one's own are looked up, and compared with the channel.
 
     Arguments:
         config: The config.
@@ -39,6 +43,13 @@ def check_config(config: RunConfig) -> None:
         raise ValueError(
             f"channel.kind {config.channel.kind!r} makes observations of shape "
             f"{tuple(y.shape[1:])} but says that they have {channel.y_shape}; correct its y_shape"
+        )
+    if isinstance(config.data, StoreData):
+        require_fit(
+            config.data,
+            y_shape=channel.y_shape,
+            parameters=channel.params_spec,
+            channel=config.channel.kind,
         )
     if build.resamples_operators(config.channel):
         build.build_recorrupting_channel(config.channel, channel, params)

@@ -13,8 +13,9 @@ from rich.table import Table
 from pipelines import build
 from pipelines.check import check_config
 from pipelines.evaluation import work_of
+from pipelines.ingest.stored import stored_seal
 from pipelines.sources import load_clean_samples
-from storage_schemas.config import RunConfig
+from storage_schemas.config import RunConfig, StoreData
 from storage_schemas.objects import ObjectStore, redact_url
 from storage_schemas.run_store import RunStore
 
@@ -64,19 +65,18 @@ def make_plan(config: RunConfig) -> Plan:
         ValueError: If the config does not fit the data or the machine.
     """
     check_config(config)
-    clean = load_clean_samples(config.data, seed=0)
-    x_shape = tuple(clean.x.shape[1:])
+    samples, holdout, truth = _amounts(config)
+    x_shape = config.data.x_shape
     device = build.build_device(config.runner)
     channel = build.build_channel(config.channel, x_shape)
     channel = build.build_conditioning_channel(config, channel, None)
     denoiser = build.build_denoiser(config, channel, device=device)
     parameters = sum(p.numel() for p in denoiser.parameters())
-    holdout = config.data.holdout
-    training = len(clean.x) - holdout
+    training = samples - holdout
     x_size, y_size = math.prod(x_shape), math.prod(channel.y_shape)
     params_size = sum(math.prod(shape) for shape in channel.params_spec.values())
     calls = build.network_calls(config.e_step.sampler)
-    samples = work_of(config.evaluation, holdout=holdout, others=training)
+    drawn = work_of(config.evaluation, holdout=holdout, others=training)
     condition = channel.condition_channels * math.prod(x_shape[1:])
     return Plan(
         training=training,
@@ -90,12 +90,20 @@ def make_plan(config: RunConfig) -> Plan:
         ),
         m_step_calls=sum(build.m_step_length(config, k) for k in range(config.iterations))
         * config.m_step.batch_size,
-        evaluation_calls=samples * calls,
-        observation_bytes=len(clean.x) * (x_size + y_size + params_size) * _FLOAT,
+        evaluation_calls=drawn * calls,
+        observation_bytes=samples * (truth * x_size + y_size + params_size) * _FLOAT,
         iteration_bytes=(training * x_size + parameters) * _FLOAT,
         e_step_memory=(parameters + config.e_step.batch_size * (3 * x_size + condition)) * _FLOAT,
         m_step_memory=(5 * parameters + training * x_size) * _FLOAT,
     )
+
+
+def _amounts(config: RunConfig) -> tuple[int, int, bool]:
+    """Return how many samples there are, how many held out, and whether clean ones are known."""
+    if isinstance(config.data, StoreData):
+        seal = stored_seal(config.data)
+        return seal.samples, seal.holdout, seal.truth
+    return len(load_clean_samples(config.data, seed=0).x), config.data.holdout, True
 
 
 def print_plan(config: RunConfig, url: str) -> None:

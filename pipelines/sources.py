@@ -2,7 +2,7 @@
 
 Each source returns clean samples in the data's own units; `stages.prepare_observations` corrupts
 them once and keeps the corruption. Sources never return what is not on the disk already: nothing
-is downloaded.
+is downloaded. Data of one's own come through `ingest`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from storage_schemas.config import DataConfig, DigitsData, ManifoldData, Mnist5kData, PhotosData
+from storage_schemas.config import (
+    BundledData,
+    DataConfig,
+    DigitsData,
+    ManifoldData,
+    Mnist5kData,
+    PhotosData,
+)
 
 __all__ = [
     "CleanSamples",
+    "choose_holdout",
     "load_clean_samples",
     "require_source",
     "smooth_manifold",
@@ -56,7 +64,7 @@ class CleanSamples:
     """Where the samples come from, in words."""
 
 
-def load_clean_samples(config: DataConfig, *, seed: int) -> CleanSamples:
+def load_clean_samples(config: BundledData, *, seed: int) -> CleanSamples:
     """Load a bundled data set.
 
     Arguments:
@@ -94,8 +102,30 @@ def load_clean_samples(config: DataConfig, *, seed: int) -> CleanSamples:
     return CleanSamples(samples.x[:count], label, samples.units, samples.source)
 
 
+def choose_holdout(count: int, holdout: int, *, seed: int) -> NDArray[np.bool_]:
+    """Choose the samples that are kept out of the training.
+
+    Arguments:
+        count: Samples.
+        holdout: How many of them.
+        seed: The run's seed.
+
+    Returns:
+        Which are held out, shape (count,).
+    """
+    from diffem_core.seeds import derive_seed
+
+    order = np.random.default_rng(derive_seed(seed, "holdout")).permutation(count)
+    chosen = np.zeros(count, bool)
+    chosen[order[:holdout]] = True
+    return chosen
+
+
 def require_source(config: DataConfig) -> None:
     """Check that a data set can be loaded, without loading it.
+
+    Whether a store of one's own fits is asked by `check_config`, before a run begins: a run that
+    has its observations no longer needs it.
 
     Raises:
         ValueError: If the package that ships the data is not installed.

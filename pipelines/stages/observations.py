@@ -1,67 +1,136 @@
-"""The first stage: corrupt the clean samples of a benchmark once, and keep the corruption."""
+"""The first stage: the run's own observations, corrupted here or copied from a store.
+
+The clean samples of a benchmark are corrupted once, and the corruption is kept. Observations that
+`diffem ingest` wrote are copied block by block, so that the run needs nothing outside itself.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+from diffem_core.channel import Channel
 from diffem_core.seeds import derive_seed
 from pipelines import build
+from pipelines.ingest.stored import copy_rows, open_stored, sound
 from pipelines.progress import stage
-from pipelines.sources import load_clean_samples
+from pipelines.sources import choose_holdout, load_clean_samples
 from pipelines.stages.bench import Json
+from storage_schemas.config import BundledData, StoreData
+from storage_schemas.manifests import ObservationsManifest
 from storage_schemas.observations import ObservationBlock
 from storage_schemas.run_store import RunStore
 
-__all__ = ["prepare_observations"]
+__all__ = ["corrupt_block", "corruption_rows", "prepare_observations"]
 
 # Observations are corrupted in blocks of this many, each with a seed of its own. Changing it
 # changes the data of every run.
 _CORRUPTION_BLOCK = 256
+# Large samples take fewer, so that a block fits in memory beside its operators.
+_CORRUPTION_VALUES = 2**24
 
 
 def prepare_observations(run_url: str) -> Json:
-    """Corrupt the bundled data once and keep the corruption, or find it sealed."""
+    """Bring the observations into the run once, or find them sealed."""
     store = RunStore.open(run_url)
     sealed = store.observations_manifest() if store.has_observations() else None
     if sealed is None:
-        config = store.config
-        clean = load_clean_samples(config.data, seed=derive_seed(config.seed, "data"))
-        x_shape = tuple(clean.x.shape[1:])
-        channel = build.build_channel(config.channel, x_shape)
-        order = np.random.default_rng(derive_seed(config.seed, "holdout")).permutation(
-            len(clean.x)
-        )
-        holdout = np.zeros(len(clean.x), bool)
-        holdout[order[: config.data.holdout]] = True
-
-        with stage("observations", total=len(clean.x), unit="samples") as advance:
-
-            def blocks() -> Iterator[ObservationBlock]:
-                for start in range(0, len(clean.x), _CORRUPTION_BLOCK):
-                    rows = slice(start, start + _CORRUPTION_BLOCK)
-                    seed = derive_seed(config.seed, "corruption", start // _CORRUPTION_BLOCK)
-                    generator = torch.Generator().manual_seed(seed)
-                    x = torch.from_numpy(clean.x[rows])
-                    params = channel.draw_params(len(x), generator=generator)
-                    y = channel.corrupt(x, params, generator=generator)
-                    yield ObservationBlock(
-                        sample=np.arange(start, start + len(x)),
-                        holdout=holdout[rows],
-                        y=y.numpy(),
-                        params={name: value.numpy() for name, value in params.items()},
-                        x=clean.x[rows],
-                        label=None if clean.label is None else clean.label[rows],
-                    )
-                    advance(len(x))
-
-            sealed = store.write_observations(
-                blocks(),
-                x_shape=x_shape,
-                units=clean.units,
-                source=clean.source,
-                attributes={"channel": config.channel.kind},
-            )
+        data = store.config.data
+        sealed = _copied(store, data) if isinstance(data, StoreData) else _corrupted(store, data)
     return {"data_digest": sealed.data_digest, "samples": sealed.samples}
+
+
+def corruption_rows(x_shape: tuple[int, ...]) -> int:
+    """Return how many samples are corrupted with one seed: 256, or fewer of large ones."""
+    most = max(1, _CORRUPTION_VALUES // math.prod(x_shape))
+    return min(_CORRUPTION_BLOCK, 2 ** int(math.log2(most)))
+
+
+def corrupt_block(
+    channel: Channel, x: NDArray[np.float32], *, seed: int, block: int
+) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
+    """Corrupt one block of clean samples.
+
+    Arguments:
+        channel: The channel.
+        x: Clean samples, `corruption_rows` of them (the last block may have fewer), shape (n,
+            *x_shape), in the data's own units.
+        seed: The run's seed.
+        block: Number of the block.
+
+    Returns:
+        Observations, shape (n, *y_shape), and their operator parameters by name.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, "corruption", block))
+    clean = torch.from_numpy(x)
+    params = channel.draw_params(len(x), generator=generator)
+    y: Tensor = channel.corrupt(clean, params, generator=generator)
+    return y.numpy(), {name: value.numpy() for name, value in params.items()}
+
+
+def _corrupted(store: RunStore, data: BundledData) -> ObservationsManifest:
+    config = store.config
+    clean = load_clean_samples(data, seed=derive_seed(config.seed, "data"))
+    x_shape = tuple(clean.x.shape[1:])
+    channel = build.build_channel(config.channel, x_shape)
+    holdout = choose_holdout(len(clean.x), data.holdout, seed=config.seed)
+    size = corruption_rows(x_shape)
+    with stage("observations", total=len(clean.x), unit="samples") as advance:
+
+        def blocks() -> Iterator[ObservationBlock]:
+            for start in range(0, len(clean.x), size):
+                rows = slice(start, start + size)
+                x = clean.x[rows]
+                y, params = corrupt_block(channel, x, seed=config.seed, block=start // size)
+                yield ObservationBlock(
+                    sample=np.arange(start, start + len(x)),
+                    holdout=holdout[rows],
+                    y=y,
+                    params=params,
+                    x=x,
+                    label=None if clean.label is None else clean.label[rows],
+                )
+                advance(len(x))
+
+        return store.write_observations(
+            blocks(),
+            x_shape=x_shape,
+            units=clean.units,
+            source=clean.source,
+            attributes={"channel": config.channel.kind},
+        )
+
+
+def _copied(store: RunStore, data: StoreData) -> ObservationsManifest:
+    source = open_stored(data)
+    manifest = source.manifest
+    size = copy_rows(manifest)
+    with stage("observations", total=len(source), unit="samples") as advance, sound(data):
+        held_out = open_stored(data, "holdout").sample_ids
+
+        def blocks() -> Iterator[ObservationBlock]:
+            for start in range(0, len(source), size):
+                rows = slice(start, start + size)
+                sample = source.sample_ids[rows]
+                yield ObservationBlock(
+                    sample=sample,
+                    holdout=np.isin(sample, held_out),
+                    y=source.y(rows),
+                    params=source.params(rows),
+                    x=source.truth(rows),
+                    label=source.labels(rows),
+                )
+                advance(len(sample))
+
+        return store.write_observations(
+            blocks(),
+            x_shape=manifest.x_shape,
+            units=manifest.units,
+            source=manifest.source,
+            attributes={"channel": store.config.channel.kind},
+        )

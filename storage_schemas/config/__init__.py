@@ -31,12 +31,14 @@ from storage_schemas.config.channel import (
     Target,
 )
 from storage_schemas.config.data import (
+    BundledData,
     DataConfig,
     DigitsData,
     ManifoldData,
     Mnist5kData,
     Phase,
     PhotosData,
+    StoreData,
 )
 from storage_schemas.config.em import (
     AnnealingConfig,
@@ -102,6 +104,7 @@ __all__ = [
     "AugmentationConfig",
     "BetaMixtureTime",
     "BetaTime",
+    "BundledData",
     "ChannelConfig",
     "CompressedSensingChannel",
     "ConstantRate",
@@ -158,6 +161,7 @@ __all__ = [
     "SinkhornDistance",
     "SlicedWassersteinDistance",
     "StartConfig",
+    "StoreData",
     "SuperResolutionChannel",
     "Target",
     "TemperingConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -15,7 +16,16 @@ from pydantic import (
 
 from storage_schemas._base import Record
 
-__all__ = ["DataConfig", "DigitsData", "ManifoldData", "Mnist5kData", "Phase", "PhotosData"]
+__all__ = [
+    "BundledData",
+    "DataConfig",
+    "DigitsData",
+    "ManifoldData",
+    "Mnist5kData",
+    "Phase",
+    "PhotosData",
+    "StoreData",
+]
 
 Phase = Literal["none", "smooth"]
 """`none` leaves images real. `smooth` makes them complex, as MRI images are: each is multiplied by
@@ -191,6 +201,58 @@ class ManifoldData(_Bundled):
         return (5,)
 
 
+class StoreData(Record):
+    """Observations of your own, written by `diffem ingest`, or those of another run."""
+
+    kind: Literal["store"] = "store"
+    url: str = Field(min_length=1)
+    """Path or fsspec URL that `diffem ingest` wrote to, or a run. Relative paths begin where
+    `diffem` is started. Credentials come from the environment, never from here."""
+    x_shape: tuple[PositiveInt, ...]
+    """Shape of a clean sample, (C, H, W) or (D,): what is looked for, whether or not any clean
+    sample is known."""
+    value_range: tuple[float, float] | None
+    """The values of black and white, mapped linearly onto [-2, 2] for the network; null leaves
+    vectors as they are."""
+    labelled: bool = False
+    """Whether the store has classes: for evaluation only."""
+
+    @field_validator("url")
+    @classmethod
+    def _holds_no_secret(cls, value: str) -> str:
+        if re.search(r"://[^/@]*:[^/@]*@", value) or re.search(r"://.*[?#]", value):
+            # The message is shown: the URL itself must not be in it.
+            raise ValueError(
+                "data.url holds a password or a query, but URLs are shown and stored; leave it "
+                "out and give it where the library of this store looks for it (environment, "
+                "profile)"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _describes_samples(self) -> Self:
+        if len(self.x_shape) not in (1, 3):
+            raise ValueError(
+                f"data.x_shape is {list(self.x_shape)} but a sample is an image [C, H, W] or a "
+                "vector [D]; give one or three sizes"
+            )
+        if self.value_range is None:
+            if len(self.x_shape) == 3:
+                raise ValueError(
+                    "data.value_range is null but the samples are images; give the values of "
+                    "black and white, for example [0, 255]"
+                )
+        elif self.value_range[0] >= self.value_range[1]:
+            raise ValueError(
+                f"data.value_range is {list(self.value_range)} but black must lie below white; "
+                "give [low, high]"
+            )
+        return self
+
+
+BundledData = DigitsData | Mnist5kData | PhotosData | ManifoldData
+"""Clean samples that ship inside packages; the run corrupts them itself."""
+
 DataConfig = Annotated[
-    DigitsData | Mnist5kData | PhotosData | ManifoldData, Field(discriminator="kind")
+    DigitsData | Mnist5kData | PhotosData | ManifoldData | StoreData, Field(discriminator="kind")
 ]

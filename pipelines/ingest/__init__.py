@@ -1,0 +1,11 @@
+"""Your own data: from files, arrays and data sets to sealed observations at any URL.
+
+| module | holds |
+|---|---|
+| `base` | what every source gives: named arrays, read in blocks of rows |
+| `arrays`, `images`, `datasets` | the sources |
+| `opening` | which source a path or URL is |
+| `request`, `roles` | what was asked for; which array is what |
+| `write` | blocks, checked and converted, into the store |
+| `stored` | reading it back for a run |
+"""
