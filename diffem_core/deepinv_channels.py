@@ -142,26 +142,6 @@ class _DeepinvChannel(PhysicsChannel):
                 )
         self.corrupt(x, params, generator=rng)
 
-    def corrupt(self, x: Tensor, params: Params, *, generator: torch.Generator) -> Tensor:
-        """Draw y ~ Q(. | x, params); see `Channel.corrupt`."""
-        self.physics.to(x.device)
-        return super().corrupt(x, params, generator=generator)
-
-    def A(self, x: Tensor, params: Params) -> Tensor:
-        """Apply the operator without noise and sensor; see `Channel.A`."""
-        self.physics.to(x.device)
-        return super().A(x, params)
-
-    def A_adjoint(self, y: Tensor, params: Params) -> Tensor:
-        """Apply the operator's adjoint; see `Channel.A_adjoint`."""
-        self.physics.to(y.device)
-        return super().A_adjoint(y, params)
-
-    def A_dagger(self, y: Tensor, params: Params) -> Tensor:
-        """Apply the operator's pseudo-inverse; see `Channel.A_dagger`."""
-        self.physics.to(y.device)
-        return super().A_dagger(y, params)
-
     def _bound(self, params: Params, dtype: torch.dtype) -> Any:
         physics = super()._bound(params, dtype)
         own = {name: getattr(physics, name) for name in params if hasattr(physics, name)}

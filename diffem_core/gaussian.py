@@ -43,7 +43,13 @@ from diffem_core.noise import SampleNoise
 if TYPE_CHECKING:
     from diffem_core.channel import Channel
 
-__all__ = ["GaussianPosterior", "GaussianPrior", "fit_gaussian_prior", "log_likelihood"]
+__all__ = [
+    "GaussianPosterior",
+    "GaussianPrior",
+    "fit_gaussian_prior",
+    "log_likelihood",
+    "require_fittable",
+]
 
 
 def fit_gaussian_prior(
@@ -85,17 +91,10 @@ def fit_gaussian_prior(
         Rozet et al. 2024 (arXiv 2405.13712) and DiffEM (arXiv 2510.12691): Gaussian
         initialization.
     """
-    require_linear_gaussian(channel, "the Gaussian start")
+    require_fittable(channel, rank)
     if iterations < 1:
         raise ValueError(f"fit_gaussian_prior received {iterations} iterations; give at least 1")
     size = math.prod(channel.x_shape)
-    if rank is None:
-        require_small_dense(channel, "a full covariance", "set rank, to 32 for example")
-    elif not 1 <= rank < size + channel.selects:
-        raise ValueError(
-            f"fit_gaussian_prior received rank {rank}; give 1 to {size - 1 + channel.selects}, or "
-            "None"
-        )
     mean, spread = _first_moments(y, params, channel)
     if rank is None:
         covariance = torch.eye(size, dtype=torch.float64, device=y.device) * spread**2
@@ -112,6 +111,28 @@ def fit_gaussian_prior(
         seed=seed,
         on_progress=on_progress,
     )
+
+
+def require_fittable(channel: Channel, rank: int | None) -> None:
+    """Refuse what `fit_gaussian_prior` cannot do, without any data.
+
+    Arguments:
+        channel: The channel.
+        rank: Rank of the covariance; None for a full one.
+
+    Raises:
+        ValueError: The channel is not linear or not Gaussian, the rank does not fit, or a full
+            covariance would need systems that are too large.
+    """
+    require_linear_gaussian(channel, "the Gaussian start", "take start.kind 'pseudo_inverse'")
+    size = math.prod(channel.x_shape)
+    if rank is None:
+        require_small_dense(channel, "a full covariance", "set rank, to 32 for example")
+    elif not 1 <= rank < size + channel.selects:
+        raise ValueError(
+            f"the Gaussian start received rank {rank}; give 1 to {size - 1 + channel.selects}, or "
+            "None"
+        )
 
 
 def log_likelihood(
@@ -132,7 +153,7 @@ def log_likelihood(
     Raises:
         ValueError: The channel is not linear or not Gaussian, or its systems are too large.
     """
-    require_linear_gaussian(channel, "a Gaussian likelihood")
+    require_linear_gaussian(channel, "a Gaussian likelihood", "it has none")
     systems = Systems.of(prior, channel)
     if systems.iterative:
         remedy = "compare restorations of held-out observations instead"
@@ -172,7 +193,7 @@ class GaussianPosterior:
         *,
         solver: Solver = "auto",
     ) -> None:
-        require_linear_gaussian(channel, "a Gaussian posterior")
+        require_linear_gaussian(channel, "a Gaussian posterior", "it has none")
         if solver not in get_args(Solver):
             raise ValueError(
                 f"GaussianPosterior received solver {solver!r}; known are {get_args(Solver)}"

@@ -44,7 +44,9 @@ class GaussianMeanChannel(Channel):
         )
         self.channel = channel
         self.selects = channel.selects
-        self.posterior = GaussianPosterior(prior, channel)
+        self._prior = prior
+        self._posteriors: dict[torch.device, GaussianPosterior] = {}
+        self._posterior(prior.mean.device)  # refuses what it cannot serve
 
     @property
     def condition_channels(self) -> int:
@@ -53,8 +55,13 @@ class GaussianMeanChannel(Channel):
 
     def condition(self, y: Tensor, params: Params, scaling: Scaling) -> Tensor:
         """Build the channel's condition, followed by E[x | y] in network units."""
-        mean = scaling.to_network(self.posterior.mean(y, params))
+        mean = scaling.to_network(self._posterior(y.device).mean(y, params))
         return torch.cat([self.channel.condition(y, params, scaling), mean], dim=1)
+
+    def _posterior(self, device: torch.device) -> GaussianPosterior:
+        if device not in self._posteriors:
+            self._posteriors[device] = GaussianPosterior(self._prior.to(device), self.channel)
+        return self._posteriors[device]
 
     def draw_params(self, n: int, *, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw fresh operator parameters; see `Channel.draw_params`."""

@@ -18,6 +18,8 @@ and up to that noise every round raises the observations' likelihood. The noise 
 covariance estimated from n samples: factors weaker than about d sqrt(D / n) are mostly noise.
 (Monte-Carlo EM on one draw of x_i each, as in Rozet et al., has the noise of the means as well.)
 
+Memory: three float64 arrays of n D entries.
+
 References:
     Rozet et al. 2024 (arXiv 2405.13712), Gaussian initialization; Tipping and Bishop 1999
     (Probabilistic principal component analysis), section 3.2; Papandreou and Yuille 2010 (Gaussian

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
@@ -38,6 +39,18 @@ class GaussianPrior:
     def covariance(self) -> Tensor:
         """Compute the covariance, of shape (D, D)."""
         return self.factor @ self.factor.mT + torch.diag(self.diag)
+
+    @functools.cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues of the covariance, of shape (D,), and eigenvectors, of shape (D, D)."""
+        values, vectors = torch.linalg.eigh(self.covariance())
+        return values.clamp_min(0), vectors
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the prior on a device."""
+        return type(self)(
+            mean=self.mean.to(device), factor=self.factor.to(device), diag=self.diag.to(device)
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the prior as named tensors."""

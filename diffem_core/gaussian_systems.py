@@ -320,12 +320,12 @@ class Systems:
         return blocks(n, m * max(m, d))
 
 
-def require_linear_gaussian(channel: Channel, what: str) -> None:
+def require_linear_gaussian(channel: Channel, what: str, remedy: str) -> None:
     """Refuse channels that are not linear with Gaussian noise; `what` names who needs one."""
     if not channel.linear or channel.noise_std is None:
         raise ValueError(
             f"{what} needs a linear channel with Gaussian noise, but {type(channel).__name__} is "
-            "not; choose another start"
+            f"not; {remedy}"
         )
 
 

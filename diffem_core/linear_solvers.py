@@ -22,7 +22,12 @@ _PASSES = 3
 
 
 def conjugate_gradients(
-    operator: Operator, b: Tensor, *, iterations: int, tolerance: float = 0.0
+    operator: Operator,
+    b: Tensor,
+    *,
+    iterations: int,
+    tolerance: float = 0.0,
+    least: float = 0.0,
 ) -> Tensor:
     """Run some iterations of conjugate gradients from 0.
 
@@ -32,12 +37,14 @@ def conjugate_gradients(
         iterations: Largest number of iterations.
         tolerance: A sample stops when its residual has fallen to this fraction of |b|; the loop
             ends when all have.
+        least: Least eigenvalue that the matrices are known to have. A sample whose matrix acts
+            as if it had a lesser one takes no further step.
 
     Returns:
         Approximate solutions of the shape of b, converged or not. A sample's solution does not
         depend on the others.
     """
-    return _iterate(operator, b, iterations, tolerance**2 * _dot(b, b))
+    return _iterate(operator, b, iterations, tolerance**2 * _dot(b, b), least)
 
 
 def solve(
@@ -90,7 +97,9 @@ def solve(
     )
 
 
-def _iterate(operator: Operator, b: Tensor, iterations: int, limit: Tensor) -> Tensor:
+def _iterate(
+    operator: Operator, b: Tensor, iterations: int, limit: Tensor, least: float = 0.0
+) -> Tensor:
     """Iterate from 0 until the squared residual of every sample is at most its limit."""
     v = torch.zeros_like(b)
     r = b
@@ -102,7 +111,8 @@ def _iterate(operator: Operator, b: Tensor, iterations: int, limit: Tensor) -> T
             break
         image = operator(p)
         curvature = _dot(p, image)
-        alpha = torch.where(active & (curvature > 0), square / curvature, 0.0)
+        sound = (curvature > 0) & (curvature >= least * _dot(p, p))
+        alpha = torch.where(active & sound, square / curvature, 0.0)
         v = v + alpha * p
         r = r - alpha * image
         new_square = _dot(r, r)

@@ -90,8 +90,14 @@ def mmps_denoise(
 
     with torch.no_grad():
         estimate = x_hat.detach()
+        # The Jacobian of a network is not quite symmetric and non-negative, as a covariance is.
+        # Where the system falls below its noise alone, a step would run away: it ends there.
         v = conjugate_gradients(
-            system, y - A(estimate), iterations=iterations, tolerance=tolerance
+            system,
+            y - A(estimate),
+            iterations=iterations,
+            tolerance=tolerance,
+            least=0.5 * noise_variance,
         )
         return estimate + variance * vjp(A_adjoint(v))
 
@@ -137,7 +143,7 @@ class MMPSPosterior:
         self.sampler = sampler
         self.iterations = iterations
         self.tolerance = tolerance
-        self.covariance = covariance
+        self.covariance = covariance and covariance.rescaled(scaling.center, scaling.scale)
 
     def sample(
         self,
@@ -159,9 +165,6 @@ class MMPSPosterior:
         center = observed.new_full((len(y), *channel.x_shape), scaling.center)
         # In network units u = scale (x - center): scale (y - A center) = A u + scale e.
         observed = scaling.scale * (observed - channel.A(center, params))
-        covariance = None
-        if self.covariance is not None:
-            covariance = self.covariance.rescaled(scaling.center, scaling.scale)
         self.denoiser.eval()
 
         def unconditional(x_t: Tensor, sigma: Tensor) -> Tensor:
@@ -177,7 +180,7 @@ class MMPSPosterior:
                 A=lambda x: channel.A(x, params),
                 A_adjoint=lambda v: channel.A_adjoint(v, params),
                 noise_variance=((channel.noise_std or 0.0) * scaling.scale) ** 2,
-                covariance=covariance,
+                covariance=self.covariance,
                 iterations=self.iterations,
                 tolerance=self.tolerance,
             )
@@ -190,9 +193,7 @@ class MMPSPosterior:
 
 def _gaussian_spread(prior: GaussianPrior, variance: Tensor) -> Operator:
     """Return u -> s S (S + s I)^-1 u, for s = sigma_t^2 of each sample."""
-    values, vectors = torch.linalg.eigh(prior.covariance())
-    values = values.clamp_min(0).to(variance.device, variance.dtype)
-    vectors = vectors.to(variance.device, variance.dtype)
+    values, vectors = (t.to(variance.device, variance.dtype) for t in prior.spectrum)
     flat = variance.reshape(-1, 1)
     shrink = values * flat / (values + flat)
 

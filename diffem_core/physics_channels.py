@@ -155,21 +155,26 @@ class PhysicsChannel(Channel):
         return torch.cat([seen, *shown], dim=1)
 
     # deepinv keeps matrices and filters in float32, and some of its physics refuse other types.
+    # They lie where the physics was used last.
 
     def corrupt(self, x: Tensor, params: Params, *, generator: torch.Generator) -> Tensor:
         """Draw y ~ Q(. | x, params); see `Channel.corrupt`."""
+        self.physics.to(x.device)
         return super().corrupt(x.float(), params, generator=generator).to(x.dtype)
 
     def A(self, x: Tensor, params: Params) -> Tensor:
         """Apply the operator without noise and sensor; see `Channel.A`."""
+        self.physics.to(x.device)
         return super().A(x.float(), params).to(x.dtype)
 
     def A_adjoint(self, y: Tensor, params: Params) -> Tensor:
         """Apply the operator's adjoint; see `Channel.A_adjoint`."""
+        self.physics.to(y.device)
         return super().A_adjoint(y.float(), params).to(y.dtype)
 
     def A_dagger(self, y: Tensor, params: Params) -> Tensor:
         """Apply the operator's pseudo-inverse; see `Channel.A_dagger`."""
+        self.physics.to(y.device)
         return super().A_dagger(y.float(), params).to(y.dtype)
 
     def _estimate(self, y: Tensor, params: Params) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from diffem_core.channel import Channel
+from diffem_core.gaussian import require_fittable
 from diffem_core.gaussian_systems import require_linear_gaussian
 from diffem_core.posterior import PseudoInverse
 from pipelines import build
@@ -54,7 +55,7 @@ def check_config(config: RunConfig) -> None:
     if build.resamples_operators(config.channel):
         build.build_recorrupting_channel(config.channel, channel, params)
     _check_methods(config, channel)
-    channel = build.build_conditioning_channel(config, channel, None)
+    channel = build.build_conditioning_channel(config, channel, build.stand_in_prior(channel))
     condition = channel.condition(y, params, build.build_scaling(config.data))
     modes = {not config.is_mmps(k) for k in range(config.iterations)}
     if config.prior is not None:
@@ -80,8 +81,10 @@ def check_config(config: RunConfig) -> None:
 def _check_methods(config: RunConfig, channel: Channel) -> None:
     start = config.start
     match start:
-        case GaussianStart() | MMPSStart():
-            require_linear_gaussian(channel, f"start.kind {start.kind!r}")
+        case GaussianStart():
+            require_fittable(channel, start.rank)
+        case MMPSStart():
+            require_fittable(channel, start.gaussian.rank)
         case PseudoInverseStart():
             PseudoInverse(channel)
         case ModelStart():
@@ -96,7 +99,9 @@ def _check_methods(config: RunConfig, channel: Channel) -> None:
             )
             load_weights(denoiser, {name: torch.from_numpy(a) for name, a in weights.items()})
     if config.method == "em-mmps":
-        require_linear_gaussian(channel, "method 'em-mmps'")
+        require_linear_gaussian(channel, "method 'em-mmps'", "set method: diffem")
+    mmps = any(config.is_mmps(k) for k in range(config.iterations))
+    if mmps and config.mmps.covariance == "cov_x":
         build.cov_x_rank(config, channel)
 
 

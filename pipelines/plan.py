@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import assert_never
 
 import yaml
 from rich import box
@@ -15,7 +16,13 @@ from pipelines.check import check_config
 from pipelines.evaluation import work_of
 from pipelines.ingest.stored import stored_seal
 from pipelines.sources import load_clean_samples
-from storage_schemas.config import RunConfig, StoreData
+from storage_schemas.config import (
+    JointPrior,
+    ModelStart,
+    RunConfig,
+    StoreData,
+    UnconditionalPrior,
+)
 from storage_schemas.objects import ObjectStore, redact_url
 from storage_schemas.run_store import RunStore
 
@@ -42,6 +49,8 @@ class Plan:
     """Network calls (forward and backward, per sample) of all M-steps."""
     evaluation_calls: int
     """Network calls of an evaluation."""
+    prior_calls: tuple[int, int]
+    """Network calls of the prior: in its training, and for its samples."""
     observation_bytes: int
     """Bytes of the observations, with parameters and clean samples."""
     iteration_bytes: int
@@ -69,8 +78,9 @@ def make_plan(config: RunConfig) -> Plan:
     x_shape = config.data.x_shape
     device = build.build_device(config.runner)
     channel = build.build_channel(config.channel, x_shape)
-    channel = build.build_conditioning_channel(config, channel, None)
-    denoiser = build.build_denoiser(config, channel, device=device)
+    channel = build.build_conditioning_channel(config, channel, build.stand_in_prior(channel))
+    conditional = not config.is_mmps(config.iterations - 1)
+    denoiser = build.build_denoiser(config, channel, device=device, conditional=conditional)
     parameters = sum(p.numel() for p in denoiser.parameters())
     training = samples - holdout
     x_size, y_size = math.prod(x_shape), math.prod(channel.y_shape)
@@ -86,16 +96,29 @@ def make_plan(config: RunConfig) -> Plan:
         e_step_calls=sum(
             round(training * config.e_step.refresh)
             * build.network_calls(build.sampler_of(config.e_step, k))
-            for k in range(1, config.iterations)
+            for k in range(0 if isinstance(config.start, ModelStart) else 1, config.iterations)
         ),
         m_step_calls=sum(build.m_step_length(config, k) for k in range(config.iterations))
         * config.m_step.batch_size,
         evaluation_calls=drawn * calls,
+        prior_calls=_prior_calls(config, calls),
         observation_bytes=samples * (truth * x_size + y_size + params_size) * _FLOAT,
         iteration_bytes=(training * x_size + parameters) * _FLOAT,
         e_step_memory=(parameters + config.e_step.batch_size * (3 * x_size + condition)) * _FLOAT,
         m_step_memory=(5 * parameters + training * x_size) * _FLOAT,
     )
+
+
+def _prior_calls(config: RunConfig, calls: int) -> tuple[int, int]:
+    """Count the network calls of the prior's training and of its samples."""
+    match config.prior:
+        case None:
+            return 0, 0
+        case UnconditionalPrior() as prior:
+            return prior.steps * prior.batch_size, prior.samples * calls
+        case JointPrior() as prior:
+            return 0, prior.samples * calls
+    assert_never(config.prior)
 
 
 def _amounts(config: RunConfig) -> tuple[int, int, bool]:
@@ -119,13 +142,15 @@ def print_plan(config: RunConfig, url: str) -> None:
     table = Table(box=box.SIMPLE_HEAD, title="Plan", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
+    trained, sampled = plan.prior_calls
     for name, value in (
         ("EM iterations", f"{config.iterations}"),
         ("observations: training, held out", f"{plan.training:,}, {plan.holdout:,}"),
         ("shards per E-step", f"{plan.shards}"),
         ("weights of the network", f"{plan.parameters:,}"),
-        ("network calls: all E-steps (forward)", f"{plan.e_step_calls:,}"),
+        ("network calls: all E-steps (forward; EM-MMPS: and backward)", f"{plan.e_step_calls:,}"),
         ("network calls: all M-steps (forward and backward)", f"{plan.m_step_calls:,}"),
+        ("network calls: prior (training, samples)", f"{trained:,}, {sampled:,}"),
         ("network calls: all evaluations", f"{plan.evaluation_calls * config.iterations:,}"),
         ("bytes: observations, uncompressed", _bytes(plan.observation_bytes)),
         (

@@ -67,14 +67,15 @@ def evaluate_prior(
         config: What to measure.
         holdout: Held-out observations.
         truth: Clean samples, or None where nobody knows them.
-        floors: Metrics of the start, whose floors are taken over.
+        floors: Metrics of the start, whose floors in observation space are taken over.
         seed: Seed of the corruption.
 
     Returns:
         The divergence between corrupted samples and held-out observations and, where clean
         samples are known, the distance between both.
     """
-    values = divergences(channel, scaling, samples, holdout, None, floors, seed)
+    ours = {k: m for k, m in floors.items() if k.startswith(("divergence", "sliced"))}
+    values = divergences(channel, scaling, samples, holdout, None, ours, seed)
     if truth is not None:
         values |= distance_to_clean(samples, truth, truth.training, config, scaling)
     return Metrics(values=values)

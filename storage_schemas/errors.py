@@ -3,12 +3,16 @@
 `StorageError` is the caller's mistake (a wrong URL, another config, observations that cannot be
 used) and ends a command with exit status 2. `DamageError` says that something which was written
 is missing or no longer what was written: exit status 1, found again by `diffem verify`, repaired
-by `diffem run`.
+by `diffem run`. `NoSpace` and `StoreFailed` are OSErrors: no mistake and no damage, the work stops
+(exit status 1) and the same command resumes it.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 __all__ = [
     "BadObservations",
@@ -16,9 +20,11 @@ __all__ = [
     "DamageError",
     "IncompleteError",
     "LayoutMismatch",
+    "NoSpace",
     "NotARun",
     "SchemaMismatch",
     "StorageError",
+    "StoreFailed",
     "UnusableStore",
 ]
 
@@ -104,6 +110,34 @@ class DamageError(RuntimeError):
 
     def __reduce__(self) -> tuple[type[DamageError], tuple[str, str]]:
         return type(self), (self.path, self.problem)
+
+
+class NoSpace(OSError):
+    """The disk is full, a quota is used up, or a file may not grow: the object was not written."""
+
+    @classmethod
+    def at(cls, number: int, target: Path) -> NoSpace:
+        """Say what was to be written, and where.
+
+        Arguments:
+            number: The error's number.
+            target: The object.
+        """
+        return cls(number, os.strerror(number), str(target))
+
+    def __str__(self) -> str:
+        folder = Path(self.filename).parent
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free / 1e6
+        return (
+            f"{super().__str__()}; {free:.1f} MB are free there: make room (or raise the quota or "
+            "limit), then run the same command again"
+        )
+
+
+class StoreFailed(OSError):
+    """A request to a store failed, also after it was repeated: the server or the way to it."""
 
 
 class IncompleteError(RuntimeError):

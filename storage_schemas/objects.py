@@ -26,7 +26,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from storage_schemas.errors import UnusableStore
+from storage_schemas.errors import NoSpace, UnusableStore
+from storage_schemas.redaction import redact_url, secret_part
+from storage_schemas.remote_objects import RemoteObjects
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
@@ -44,15 +46,7 @@ _UNUSABLE = (
     errno.ENOTDIR,
     errno.ENAMETOOLONG,
 )
-_REMOTE_EXTRAS = {
-    "s3": "s3",
-    "s3a": "s3",
-    "gs": "gcs",
-    "gcs": "gcs",
-    "az": "azure",
-    "abfs": "azure",
-    "abfss": "azure",
-}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ObjectStore:
@@ -65,14 +59,14 @@ class ObjectStore:
 
     Raises:
         UnusableStore: If the scheme is unknown, its library is not installed, or the URL holds a
-            password: URLs are shown and stored.
+            password or a token: URLs are shown and stored.
     """
 
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
-        if re.match(r"[^/]+://[^/@]*:[^/@]*@", url):
+        if part := secret_part(url):
             raise UnusableStore(
-                f"{redact_url(url)} holds a password, but URLs are shown and stored; leave it out "
-                "and give it where the library of this store looks for it (environment, profile)"
+                f"{redact_url(url)} holds {part}, but URLs are shown and stored; leave it out and "
+                "give it where the library of this store looks for it (environment, profile)"
             )
         if not url:
             raise UnusableStore("the URL is empty; give a path or a URL, such as runs/digits")
@@ -83,7 +77,7 @@ class ObjectStore:
         if local is not None:
             self._backend = _LocalFiles(local)
         else:
-            self._backend = _RemoteObjects(self.url, self._options)
+            self._backend = RemoteObjects(self.url, self._options, partial=_PARTIAL)
         self.local_path = local
         """Folder of a local store, None elsewhere."""
 
@@ -165,12 +159,6 @@ class ObjectStore:
         return FsspecStore.from_url(url, storage_options=options, read_only=read_only)
 
 
-def redact_url(url: str) -> str:
-    """Return a URL without what may be secret in it: user and password, query and fragment."""
-    url = re.sub(r"(?<=://)[^/@]*@", "***@", url)
-    return re.sub(r"[?#].*$", "?***", url) if "://" in url else url
-
-
 # ---------------------------------------------------------------------------------------- backends
 
 
@@ -228,6 +216,8 @@ class _LocalFiles:
                     f"cannot write {target}: {os.strerror(error.errno)}; choose another "
                     "--store or change the permissions"
                 ) from error
+            if error.errno in _FULL:
+                raise NoSpace.at(error.errno, target) from error
             if error.filename is None and error.errno is not None:  # write() names no file
                 raise OSError(error.errno, os.strerror(error.errno), str(target)) from error
             raise
@@ -264,79 +254,6 @@ class _LocalFiles:
 
     def delete(self, path: str) -> None:
         (self.root / path).unlink(missing_ok=True)
-
-
-class _RemoteObjects:
-    def __init__(self, url: str, options: dict[str, Any]) -> None:
-        from fsspec import available_protocols
-        from fsspec.core import url_to_fs
-
-        scheme = url.partition("://")[0]
-        try:
-            # Listings must show what other processes wrote a moment ago.
-            self.fs, root = url_to_fs(url, **{"use_listings_cache": False, **options})
-        except ImportError as error:
-            extra = _REMOTE_EXTRAS.get(scheme)
-            remedy = f"pip install 'diffem[{extra}]'" if extra else f"install it ({error})"
-            raise UnusableStore(
-                f"{redact_url(url)} needs a library that is not installed; {remedy}"
-            ) from error
-        except ValueError as error:
-            known = ", ".join(sorted(available_protocols()))
-            raise UnusableStore(
-                f"{redact_url(url)} has the scheme {scheme!r}, which cannot be opened ({error}); "
-                f"known are local paths and {known}"
-            ) from error
-        self.root = str(root).rstrip("/")
-
-    def _key(self, path: str) -> str:
-        return f"{self.root}/{path}".rstrip("/")
-
-    def read(self, path: str) -> bytes:
-        return bytes(self.fs.cat_file(self._key(path)))
-
-    def write(self, path: str, data: bytes) -> None:
-        self.fs.pipe_file(self._key(path), data)
-
-    def create(self, path: str, data: bytes) -> None:
-        self.fs.pipe_file(self._key(path), data, mode="create")
-
-    def size(self, path: str) -> int | None:
-        try:
-            info = self.fs.info(self._key(path))
-        except FileNotFoundError:
-            return None
-        return int(info["size"]) if info["type"] == "file" else None
-
-    def read_many(self, paths: Sequence[str]) -> dict[str, bytes]:
-        keys = {self._key(path): path for path in paths}
-        if not keys:
-            return {}
-        found = self.fs.cat([*keys], on_error="return")
-        for data in found.values():
-            if isinstance(data, Exception) and not isinstance(data, FileNotFoundError):
-                raise data
-        return {keys[k]: bytes(d) for k, d in found.items() if not isinstance(d, Exception)}
-
-    def walk(self, prefix: str) -> dict[str, int]:
-        start = len(self.root) + 1
-        try:
-            found = self.fs.find(self._key(prefix), detail=True)
-        except FileNotFoundError:
-            return {}
-        return {str(path)[start:]: int(info["size"]) for path, info in found.items()}
-
-    def children(self, prefix: str) -> list[str]:
-        try:
-            found = self.fs.ls(self._key(prefix), detail=False)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        below = self._key(prefix) + "/"  # some tools leave an object named like the folder
-        return [name for path in found if (name := str(path).rstrip("/").removeprefix(below))]
-
-    def delete(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self.fs.rm_file(self._key(path))
 
 
 # ----------------------------------------------------------------------------------- local helpers

@@ -1,6 +1,6 @@
 """The prior of a run: the model of clean data alone, made after the last EM iteration.
 
-prior/model.safetensors, losses.json, metrics.json, preview.png, samples.safetensors, stages/*.json
+prior/model.safetensors, losses.json, metrics.json, samples.safetensors, stages/*.json
 prior/prior.json                last
 
 A run whose number of iterations is raised makes its prior anew, after the new last one.

@@ -2,8 +2,9 @@
 
     run.json                    config, provenance; create-only
     observations.zarr, .json    observations, sealed by the JSON
-    start/                      the Gaussian start
+    start/                      what makes the first reconstructions
     iterations/000/ ...         EM iterations
+    prior/                      the model of clean data alone, where one is wanted
     lease/                      who is writing (`lease`)
 
 Nothing here imports Zarr or xarray before an array is touched, so that `diffem status` is quick.
@@ -17,7 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from storage_schemas.config import RunConfig
 from storage_schemas.documents import create_json, decode_json, read_json, write_json
-from storage_schemas.errors import ConfigMismatch, DamageError, NotARun, UnusableStore
+from storage_schemas.errors import (
+    ConfigMismatch,
+    DamageError,
+    NotARun,
+    SchemaMismatch,
+    UnusableStore,
+)
 from storage_schemas.integrity import is_whole
 from storage_schemas.iteration_store import IterationStore
 from storage_schemas.lease import held_elsewhere
@@ -74,6 +81,7 @@ class RunStore:
 
         Raises:
             ConfigMismatch: If a run with another config is there.
+            SchemaMismatch: If one is there that another version made, with other fields.
             NotARun: If something else is there.
             UnusableStore: If the store cannot be written.
         """
@@ -96,10 +104,14 @@ class RunStore:
             )
             stored = _create_run(objects, manifest)
         if stored.config_digest != config.digest:
-            raise ConfigMismatch.at(
-                redact_url(objects.url),
-                config_differences(stored.config.identity(), config.identity()),
-            )
+            differences = config_differences(stored.config.identity(), config.identity())
+            if not differences:
+                raise SchemaMismatch(
+                    f"the run at {redact_url(objects.url)} was made by version "
+                    f"{stored.provenance.code_version}, whose configs had other fields; go on "
+                    "with that version, or give another --store for a new run"
+                )
+            raise ConfigMismatch.at(redact_url(objects.url), differences)
         if stored.config != config and not held_elsewhere(objects):
             stored = stored.model_copy(update={"config": config})
             write_json(objects, RUN, stored)

@@ -216,7 +216,10 @@ class _Check:
         self.named.add(RUN)
         manifest = self._document(RUN, RunManifest)
         if manifest is not None and manifest.config_digest != manifest.config.digest:
-            self._damage(RUN, "its config does not have the digest that it names")
+            self._damage(
+                RUN,
+                "its config does not have the digest that it names: another version's?",
+            )
 
     def _observations(self) -> str | None:
         self.named.add(observations.SEAL)

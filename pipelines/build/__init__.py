@@ -7,6 +7,7 @@ from pipelines.build.channel import (
     build_conditioning_channel,
     build_recorrupting_channel,
     resamples_operators,
+    stand_in_prior,
 )
 from pipelines.build.model import build_denoiser, build_schedule, build_times
 from pipelines.build.sampling import (
@@ -25,6 +26,7 @@ from pipelines.build.training import (
     build_device,
     build_learning_rate,
     build_rate,
+    build_validation,
     m_step_length,
     starts_anew,
 )
@@ -46,10 +48,12 @@ __all__ = [
     "build_schedule",
     "build_temperature",
     "build_times",
+    "build_validation",
     "cov_x_rank",
     "m_step_length",
     "network_calls",
     "resamples_operators",
     "sampler_of",
+    "stand_in_prior",
     "starts_anew",
 ]

@@ -32,6 +32,7 @@ __all__ = [
     "build_conditioning_channel",
     "build_recorrupting_channel",
     "resamples_operators",
+    "stand_in_prior",
 ]
 
 
@@ -127,16 +128,19 @@ def build_conditioning_channel(
     Arguments:
         config: The run's config.
         channel: The channel that corrupts.
-        prior: The Gaussian prior of the start, for `condition: gaussian_mean`; None stands in for
-            one, where only shapes matter.
+        prior: The Gaussian prior of the start, for `condition: gaussian_mean`.
     """
     if config.condition == "observation":
         return channel
-    if prior is None:
-        size = math.prod(channel.x_shape)
-        zeros, ones = (f(size, dtype=torch.float64) for f in (torch.zeros, torch.ones))
-        prior = GaussianPrior(mean=zeros, factor=zeros.unsqueeze(1), diag=ones)
+    assert prior is not None, "gaussian_mean comes with a Gaussian start"
     return GaussianMeanChannel(channel, prior)
+
+
+def stand_in_prior(channel: Channel) -> GaussianPrior:
+    """Build N(0, I), for those who look at shapes before there is a start."""
+    size = math.prod(channel.x_shape)
+    zeros, ones = (f(size, dtype=torch.float64) for f in (torch.zeros, torch.ones))
+    return GaussianPrior(mean=zeros, factor=zeros.unsqueeze(1), diag=ones)
 
 
 def _mri(config: models.MriChannel, x_shape: tuple[int, ...]) -> Channel:

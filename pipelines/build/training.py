@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import assert_never
 
 import torch
+from torch import Tensor
 
 from diffem_core.augmentation import Augmentation
 from diffem_core.rates import constant_rate, cosine_rate, linear_rate
+from diffem_core.validation import Validation
 from storage_schemas import config as models
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "build_device",
     "build_learning_rate",
     "build_rate",
+    "build_validation",
     "m_step_length",
     "starts_anew",
 ]
@@ -49,6 +52,14 @@ def build_augmentation(config: models.MStepConfig) -> Augmentation | None:
     if given is None:
         return None
     return Augmentation(flip=given.flip, hue=given.hue, saturation=given.saturation)
+
+
+def build_validation(config: models.MStepConfig, x_hat: Tensor) -> Validation | None:
+    """Build the looks at the loss on reconstructions that are kept out, if any are."""
+    given = config.validation
+    if given is None:
+        return None
+    return Validation(x_hat=x_hat, every=given.every, patience=given.patience)
 
 
 def starts_anew(config: models.RunConfig, iteration: int) -> bool:

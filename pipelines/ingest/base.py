@@ -31,6 +31,9 @@ class RowArray(ABC):
         self.shape = shape
         self.dtype = dtype
 
+    bands_first: bool = False
+    """Whether the source itself puts the bands of images first."""
+
     @abstractmethod
     def pieces(self, rows: int, stop: int) -> Iterator[NDArray[Any]]:
         """Yield the first `stop` rows in order, in pieces of about `rows`.

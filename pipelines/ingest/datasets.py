@@ -123,7 +123,8 @@ def open_bundled(name: str, corruption: RunConfig | None) -> Source:
 
     if name not in BUNDLED:
         raise IngestError(
-            f"SOURCE is 'bundled:{name}' but {', '.join(f'bundled:{k}' for k in BUNDLED)} are known"
+            f"SOURCE is 'bundled:{name}' but known are "
+            + ", ".join(f"'bundled:{known}'" for known in BUNDLED)
         )
     config = BUNDLED[name]()
     if corruption is not None and isinstance(corruption.data, type(config)):
@@ -164,6 +165,7 @@ class _Column(RowArray):
         self._table = table
         first = self._array(table[0][name], 0, name)
         super().__init__(name, (len(table), *first.shape), first.dtype)
+        self.bands_first = first.ndim == 3 and not isinstance(table[0][name], list)
 
     def pieces(self, rows: int, stop: int) -> Iterator[NDArray[Any]]:
         for start in range(0, stop, rows):

@@ -49,6 +49,8 @@ class ImageFolder(RowArray):
         files: Paths of the images.
     """
 
+    bands_first = True
+
     def __init__(self, fs: Any, files: list[str]) -> None:
         self._fs = fs
         self._files = files

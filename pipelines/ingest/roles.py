@@ -57,8 +57,9 @@ class Role:
             values = np.moveaxis(values, -1, 1)
         values = values.reshape(len(values), *self.shape)
         if self.integer:
-            stored = values.astype(np.int64)
-            self._require((stored == values), start, "is no whole number", "give classes as such")
+            with np.errstate(invalid="ignore"):  # NaN is told apart by the comparison
+                stored = values.astype(np.int64)
+            self._require(stored == values, start, "is no whole number", "give classes as such")
             return stored
         # What float32 cannot hold becomes infinite here, and is refused as such.
         with np.errstate(over="ignore"):
@@ -196,7 +197,9 @@ def assign_roles(source: Source, request: IngestRequest) -> Roles:
     counts = {role.title: role.array.shape[0] for role in roles.all.values()}
     if len(set(counts.values())) != 1:
         told = ", ".join(f"{title} {count}" for title, count in counts.items())
-        raise IngestError(f"the arrays hold different numbers of samples ({told}); make them equal")
+        raise IngestError(
+            f"the arrays hold different numbers of samples ({told}); make them equal"
+        )
     samples = min(next(iter(counts.values())), request.limit or 2**63)
     if samples < 2:
         raise IngestError(
@@ -215,8 +218,13 @@ def _samples(source: Source, title: str, name: str, *, channels_last: bool) -> R
             "vectors (n, D) are expected; reshape it, or name another array"
         )
     band = len(shape) == 3
-    last = channels_last and len(shape) == 4
-    if not last and len(shape) == 4 and shape[-1] <= 4 < min(shape[1], shape[2]):
+    last = channels_last and len(shape) == 4 and not array.bands_first
+    if (
+        not last
+        and not array.bands_first
+        and len(shape) == 4
+        and shape[-1] <= 4 < min(shape[1], shape[2])
+    ):
         raise IngestError(
             f"--{title}: {name!r} has shape {shape}, which would be images of {shape[2]} x "
             f"{shape[3]} pixels with {shape[1]} bands; if the bands come last, give "
@@ -239,8 +247,8 @@ def _found(source: Source, title: str, name: str) -> RowArray:
         )
     if array.dtype.kind not in "fiub" or not array.shape:
         raise IngestError(
-            f"{title}: {name!r} holds {array.dtype}, shape {array.shape}, but numbers are expected "
-            "with samples along the first axis; name another array"
+            f"{title}: {name!r} holds {array.dtype}, shape {array.shape}, but numbers are "
+            "expected, with samples along the first axis; name another array"
         )
     return array
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -21,6 +22,7 @@ from diffem_core.seeds import derive_seed
 from pipelines import build
 from pipelines.evaluation import Observed
 from pipelines.model_files import load_weights
+from pipelines.stages.feeding import spread_rows
 from storage_schemas.config import RunConfig
 from storage_schemas.objects import redact_url
 from storage_schemas.observations import Observations
@@ -30,6 +32,9 @@ __all__ = ["Bench", "Json", "Weights", "as_arrays", "as_tensors", "observed"]
 
 Json = dict[str, Any]
 Weights = Mapping[str, NDArray[Any]]
+
+# Operators, at most, that are resampled from those of the observations.
+_OPERATORS = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +79,8 @@ class Bench:
         """The channel that corrupts reconstructions."""
         params: Mapping[str, Tensor] = {}
         if build.resamples_operators(self.config.channel):
-            params = as_tensors(self.store.observations("train").params())
+            training = self.store.observations("train")
+            params = as_tensors(training.params(spread_rows(len(training), _OPERATORS)))
         channel = build.build_recorrupting_channel(self.config.channel, self.channel, params)
         return build.build_conditioning_channel(self.config, channel, self._start_prior)
 
@@ -90,7 +96,7 @@ class Bench:
             return None
         fit = self.store.start().stage("fit", checksum=False)
         if fit is None:
-            return None
+            raise RuntimeError("the Gaussian start is not there, or damaged; run `diffem run`")
         digest = fit.objects["model.safetensors"].sha256
         return GaussianPrior.from_tensors(
             as_tensors(self.store.start().read_tensors("model", digest=digest)[0])
@@ -171,10 +177,12 @@ class Bench:
                 )
 
 
-def observed(observations: Observations, rows: slice | None = None) -> Observed:
+def observed(
+    observations: Observations, rows: slice | NDArray[np.int64] | None = None
+) -> Observed:
     """Read observations, all or some."""
     return Observed(
-        sample_ids=observations.sample_ids[rows or slice(None)].tolist(),
+        sample_ids=observations.sample_ids[slice(None) if rows is None else rows].tolist(),
         y=torch.from_numpy(observations.y(rows)),
         params=as_tensors(observations.params(rows)),
     )

@@ -13,9 +13,10 @@ from diffem_core.seeds import derive_seed
 from pipelines import build
 from pipelines.progress import stage
 from pipelines.stages.bench import Bench, Json, as_arrays, observed
+from pipelines.stages.feeding import gathered, spread_rows
 from pipelines.stages.judge import announce, judge
-from pipelines.stages.training import Plan, split_validation, train
-from storage_schemas.config import JointPrior
+from pipelines.stages.training import Plan, split_rows, train
+from storage_schemas.config import JointPrior, RunConfig
 from storage_schemas.manifests import StageRecord
 from storage_schemas.run_store import RunStore
 from storage_schemas.stage_folder import now
@@ -31,6 +32,9 @@ __all__ = [
     "reconstructions_digest",
     "refine_model",
 ]
+
+# Reconstructions, at most, whose covariance MMPS may take.
+_COV_X_SAMPLES = 65_536
 
 
 def is_complete(run_url: str, iteration: int) -> bool:
@@ -158,38 +162,41 @@ def refine_model(
         return {"model_digest": found.objects["model.safetensors"].sha256, "reused": True}
     config = bench.config
     mmps = config.is_mmps(iteration)
-    x_hat = torch.from_numpy(folder.read_reconstructions()).float()
-    learned, validation = split_validation(
-        x_hat,
-        bench.store.observations("train").sample_ids.tolist(),
-        config.m_step.validation,
-        seed=config.seed,
-    )
-    trained = train(
-        bench,
-        folder,
-        bench.denoiser(bench.weights_before(iteration), conditional=not mmps),
-        learned,
-        Plan(
-            title=f"iteration {iteration:03d} · M-step",
-            parent_digest=reconstructions_digest,
-            steps=build.m_step_length(config, iteration),
-            batch_size=config.m_step.batch_size,
-            learning_rate=build.build_learning_rate(config, iteration),
-            ema_decay=config.m_step.ema_decay,
-            seed=bench.seed("m_step", iteration),
-            channel=None if mmps else bench.recorrupting_channel,
-            drop_condition=config.prior.probability if isinstance(config.prior, JointPrior) else 0,
-            augmentation=build.build_augmentation(config.m_step),
-            validation=validation,
-        ),
-    )
+    sample_ids = bench.store.observations("train").sample_ids.tolist()
+    learned, kept = split_rows(sample_ids, config.m_step.validation, seed=config.seed)
+    memory_gb = config.runner.memory_gb
+    with (
+        gathered(folder, learned, memory_gb=memory_gb) as x_hat,
+        gathered(folder, kept, memory_gb=memory_gb) as held_out,
+    ):
+        trained = train(
+            bench,
+            folder,
+            bench.denoiser(bench.weights_before(iteration), conditional=not mmps),
+            x_hat,
+            Plan(
+                title=f"iteration {iteration:03d} · M-step",
+                parent_digest=reconstructions_digest,
+                steps=build.m_step_length(config, iteration),
+                batch_size=config.m_step.batch_size,
+                learning_rate=build.build_learning_rate(config, iteration),
+                ema_decay=config.m_step.ema_decay,
+                seed=bench.seed("m_step", iteration),
+                channel=None if mmps else bench.recorrupting_channel,
+                drop_condition=_drop_condition(config),
+                augmentation=build.build_augmentation(config.m_step),
+                validation=build.build_validation(config.m_step, held_out),
+            ),
+        )
     kind = "unconditional denoiser" if mmps else "conditional denoiser"
     weights = as_arrays(trained.result.weights)
     model = folder.write_tensors("model", weights, {"kind": kind})
     objects = {"model.safetensors": model, "losses.json": trained.losses}
     if mmps and config.mmps.covariance == "cov_x":
-        moments = GaussianPrior.from_samples(x_hat, rank=build.cov_x_rank(config, bench.channel))
+        some = spread_rows(len(sample_ids), _COV_X_SAMPLES)
+        with gathered(folder, some, memory_gb=memory_gb) as x_hat:
+            rank = build.cov_x_rank(config, bench.channel)
+            moments = GaussianPrior.from_samples(x_hat, rank=rank)
         objects["cov_x.safetensors"] = folder.write_tensors("cov_x", as_arrays(moments.tensors()))
     folder.write_stage(
         StageRecord(
@@ -204,6 +211,10 @@ def refine_model(
     )
     folder.delete_checkpoint()
     return {"model_digest": model.sha256, "reused": False}
+
+
+def _drop_condition(config: RunConfig) -> float:
+    return config.prior.probability if isinstance(config.prior, JointPrior) else 0.0
 
 
 def evaluate_iteration(

@@ -17,6 +17,7 @@ from pipelines.preview import image_preview, observed_images, vector_preview
 from pipelines.prior_evaluation import draw_prior, evaluate_prior
 from pipelines.progress import reporter, stage
 from pipelines.stages.bench import Bench, observed
+from pipelines.stages.feeding import spread_rows
 from storage_schemas.config import FrechetDistance
 from storage_schemas.manifests import (
     IterationManifest,
@@ -33,6 +34,9 @@ __all__ = ["announce", "judge", "judge_prior"]
 # Images that the evaluation's classifier sees in its training, each as often as needed.
 _CLASSIFIER_IMAGES = 30_000
 
+# Training observations, at most, that an evaluation looks at.
+_POOL = 16_384
+
 
 def judge(
     bench: Bench, folder: StageFolder, posterior: Posterior, title: str, model_digest: str
@@ -41,7 +45,8 @@ def judge(
     began = time.perf_counter()
     config = bench.config.evaluation
     holdout = observed(bench.store.observations("holdout"))
-    others = observed(bench.store.observations("train"))
+    training = bench.store.observations("train")
+    others = observed(training, spread_rows(len(training), _POOL))
     truth = _truth(bench)
     start = bench.store.start().manifest()
     total = work_of(config, holdout=len(holdout), others=len(others))
@@ -79,7 +84,8 @@ def _truth(bench: Bench) -> Truth | None:
     """Read the clean samples, where the run has any: called by the evaluation alone."""
     holdout = bench.store.observations("holdout")
     training = bench.store.observations("train")
-    x_holdout, x_training = holdout.truth(), training.truth()
+    x_holdout = holdout.truth()
+    x_training = training.truth(spread_rows(len(training), _POOL))
     if x_holdout is None or x_training is None:
         return None
     labels = holdout.labels()
@@ -100,7 +106,8 @@ def _classifier(run_url: str, config_digest: str) -> DigitClassifier:
     store = RunStore.open(run_url)
     assert store.config.digest == config_digest
     training = store.observations("train")
-    x, labels = training.truth(), training.labels()
+    rows = spread_rows(len(training), _POOL)
+    x, labels = training.truth(rows), training.labels(rows)
     assert x is not None
     assert labels is not None
     return DigitClassifier.fit(

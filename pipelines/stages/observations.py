@@ -48,7 +48,7 @@ def prepare_observations(run_url: str) -> Json:
 def corruption_rows(x_shape: tuple[int, ...]) -> int:
     """Return how many samples are corrupted with one seed: 256, or fewer of large ones."""
     most = max(1, _CORRUPTION_VALUES // math.prod(x_shape))
-    return min(_CORRUPTION_BLOCK, 2 ** int(math.log2(most)))
+    return min(_CORRUPTION_BLOCK, 1 << most.bit_length() - 1)
 
 
 def corrupt_block(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 
-import torch
+import numpy as np
 
 from diffem_core.posterior import DiffusionPrior
 from pipelines import build
 from pipelines.stages.bench import Bench, Json, as_arrays
+from pipelines.stages.feeding import gathered
 from pipelines.stages.judge import announce, judge_prior
 from pipelines.stages.training import Plan, train
 from storage_schemas.config import JointPrior, UnconditionalPrior
@@ -55,24 +56,26 @@ def fit_prior(run_url: str) -> Json:
 
 def _train(bench: Bench, config: UnconditionalPrior, last: IterationManifest) -> StageRecord:
     folder = bench.store.prior()
-    x_hat = bench.store.iteration(last.iteration).read_reconstructions()
-    trained = train(
-        bench,
-        folder,
-        bench.denoiser(None, conditional=False),
-        torch.from_numpy(x_hat).float(),
-        Plan(
-            title="prior · training",
-            parent_digest=last.model_digest,
-            steps=config.steps,
-            batch_size=config.batch_size,
-            learning_rate=build.build_rate(config.learning_rate, steps=config.steps),
-            ema_decay=config.ema_decay,
-            seed=bench.seed("prior"),
-            channel=None,
-            augmentation=build.build_augmentation(bench.config.m_step),
-        ),
-    )
+    reconstructions = bench.store.iteration(last.iteration)
+    memory_gb = bench.config.runner.memory_gb
+    with gathered(reconstructions, np.arange(last.samples), memory_gb=memory_gb) as x_hat:
+        trained = train(
+            bench,
+            folder,
+            bench.denoiser(None, conditional=False),
+            x_hat,
+            Plan(
+                title="prior · training",
+                parent_digest=last.model_digest,
+                steps=config.steps,
+                batch_size=config.batch_size,
+                learning_rate=build.build_rate(config.learning_rate, steps=config.steps),
+                ema_decay=config.ema_decay,
+                seed=bench.seed("prior"),
+                channel=None,
+                augmentation=build.build_augmentation(bench.config.m_step),
+            ),
+        )
     weights = as_arrays(trained.result.weights)
     model = folder.write_tensors("model", weights, {"kind": "unconditional denoiser"})
     record = StageRecord(

@@ -8,6 +8,7 @@ from diffem_core.gaussian import fit_gaussian_prior
 from pipelines.model_files import read_model
 from pipelines.progress import stage
 from pipelines.stages.bench import Bench, Json, Weights, as_arrays, observed
+from pipelines.stages.feeding import spread_rows
 from pipelines.stages.judge import announce, judge
 from storage_schemas.config import (
     GaussianStart,
@@ -78,7 +79,8 @@ def _fit(bench: Bench, data_digest: str) -> StageRecord:
 
 
 def _gaussian(bench: Bench, config: GaussianStart) -> Weights:
-    training = observed(bench.store.observations("train"))
+    observations = bench.store.observations("train")
+    training = observed(observations, spread_rows(len(observations), config.samples))
     with stage("start · Gaussian prior", total=config.iterations, unit="rounds") as advance:
         prior = fit_gaussian_prior(
             training.y,

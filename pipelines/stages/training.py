@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diffem_core.augmentation import Augmentation
@@ -24,7 +25,7 @@ from storage_schemas.config import ValidationConfig
 from storage_schemas.manifests import ObjectRecord
 from storage_schemas.stage_folder import StageFolder
 
-__all__ = ["Plan", "Trained", "split_validation", "train"]
+__all__ = ["Plan", "Trained", "split_rows", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,32 +137,27 @@ def train(
     )
 
 
-def split_validation(
-    x_hat: Tensor, sample_ids: list[int], config: ValidationConfig | None, *, seed: int
-) -> tuple[Tensor, Validation | None]:
+def split_rows(
+    sample_ids: Sequence[int], config: ValidationConfig | None, *, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Split reconstructions into those that are learned from and those that are kept out.
 
     The same observations are kept out in every iteration, since their ids decide.
 
     Arguments:
-        x_hat: Reconstructions, shape (n, *x_shape).
-        sample_ids: Their ids.
+        sample_ids: Ids of the observations.
         config: What to keep out; None keeps nothing out.
         seed: Seed of the split.
 
     Returns:
-        The reconstructions to learn from, and those that are kept out.
+        Rows to learn from and rows that are kept out, rising.
     """
-    if config is None:
-        return x_hat, None
-    order = sorted(
-        range(len(x_hat)), key=lambda row: derive_seed(seed, "validation", sample_ids[row])
-    )
-    count = min(max(1, round(config.fraction * len(x_hat))), len(x_hat) - 1)
-    kept = torch.zeros(len(x_hat), dtype=torch.bool)
-    kept[order[:count]] = True
-    validation = Validation(x_hat=x_hat[kept], every=config.every, patience=config.patience)
-    return x_hat[~kept], validation
+    n = len(sample_ids)
+    kept = np.zeros(n, bool)
+    if config is not None:
+        order = sorted(range(n), key=lambda row: derive_seed(seed, "validation", sample_ids[row]))
+        kept[order[: min(max(1, round(config.fraction * n)), n - 1)]] = True
+    return np.flatnonzero(~kept), np.flatnonzero(kept)
 
 
 def _checkpoint(folder: StageFolder, digest: str) -> tuple[TrainingState | None, float]:

@@ -2,7 +2,7 @@
 
 Every model is frozen and refuses unknown keys; variants are unions discriminated by `kind`. The
 numbers carry the paper's settings (arXiv 2510.12691) as defaults wherever the paper states one.
-`pipelines/build.py` turns each model into the object that it describes; nothing else reads them
+`pipelines/build` turns each model into the object that it describes; nothing else reads them
 on the way to the mathematics.
 
 `RunConfig.digest` names the numbers that a run computes. It leaves out what may change between

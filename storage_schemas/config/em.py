@@ -43,6 +43,8 @@ class GaussianStart(Record):
     """Rounds of moment EM."""
     rank: PositiveInt | None = None
     """Rank of the low-rank + diagonal covariance; the full covariance by default."""
+    samples: PositiveInt = 16384
+    """Observations, at most, that it is fitted to, spread evenly over the data."""
 
 
 class PseudoInverseStart(Record):

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from storage_schemas._base import Record
 from storage_schemas.config.channel import ChannelConfig, CustomChannel, RandomMatrixChannel
@@ -17,9 +17,11 @@ from storage_schemas.config.em import (
     JointPrior,
     MMPSConfig,
     MMPSStart,
+    ModelStart,
     MStepConfig,
     PriorConfig,
     StartConfig,
+    UnconditionalPrior,
 )
 from storage_schemas.config.evaluation import EvaluationConfig, FrechetDistance
 from storage_schemas.config.model import (
@@ -43,6 +45,9 @@ class RunnerConfig(Record):
     """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`."""
     threads: PositiveInt | None = None
     """Processor threads; all cores by default."""
+    memory_gb: PositiveFloat = 4.0
+    """Reconstructions of an iteration, in GiB as float32, that the M-step keeps in memory; more
+    are read through a scratch file in the folder for temporary files."""
 
 
 class RunConfig(Record):
@@ -81,7 +86,7 @@ class RunConfig(Record):
     m_step: MStepConfig
     """How the model is refined on them."""
     mmps: MMPSConfig = MMPSConfig()
-    """Posterior sampling of EM-MMPS; not used without it."""
+    """Posterior sampling of EM-MMPS, for it and for a warm start by it."""
     prior: PriorConfig | None = None
     """A model of clean data alone; none by default."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -147,6 +152,12 @@ class RunConfig(Record):
                 f"e_step.sampler goes from noise level {high} to {low}, but noise must fall; set "
                 "sigma_start above sigma_end"
             )
+        annealing = self.e_step.annealing
+        if annealing is not None and annealing.first > sampler.steps:
+            return (
+                f"e_step.annealing.first is {annealing.first} but e_step.sampler.steps is "
+                f"{sampler.steps}; annealing begins with fewer steps"
+            )
         return None
 
     def _method_problem(self) -> str | None:
@@ -155,6 +166,21 @@ class RunConfig(Record):
             return (
                 "start.kind is 'mmps' but method is 'em-mmps', which is that from its first "
                 "iteration on; take another start"
+            )
+        if mmps and self.condition != "observation":
+            return (
+                f"condition is {self.condition!r} but method is 'em-mmps', whose network sees no "
+                "condition; leave it out"
+            )
+        if mmps and self.m_step.recorruption == "fixed":
+            return (
+                "m_step.recorruption is 'fixed' but method is 'em-mmps', whose M-step corrupts "
+                "nothing; leave it out"
+            )
+        if isinstance(self.start, ModelStart) and self.m_step.first_steps is not None:
+            return (
+                "m_step.first_steps is set but start.kind is 'model', whose network goes on "
+                "learning; leave it out"
             )
         if mmps and isinstance(self.prior, JointPrior):
             return (
@@ -171,6 +197,18 @@ class RunConfig(Record):
             return (
                 f"start.laps is {self.start.laps} but there are {self.iterations} iterations, so "
                 "that none would be DiffEM; raise iterations, or set method: em-mmps"
+            )
+        validation, rate = self.m_step.validation, self.m_step.learning_rate
+        if validation is not None and validation.patience is not None and rate.over == "run":
+            return (
+                "m_step.validation.patience may end an M-step early, but "
+                "m_step.learning_rate.over is 'run', which counts on all its steps; take "
+                "'iteration', or leave patience out"
+            )
+        if isinstance(self.prior, UnconditionalPrior) and self.prior.learning_rate.over == "run":
+            return (
+                "prior.learning_rate.over is 'run' but the prior is trained once, after the run; "
+                "take 'iteration'"
             )
         if self.m_step.augmentation is not None and self.m_step.recorruption == "fixed":
             return (

@@ -146,6 +146,24 @@ def test_samples_do_not_depend_on_the_batch() -> None:
     assert not whole.requires_grad
 
 
+def test_a_system_that_is_not_positive_enough_takes_no_runaway_step() -> None:
+    b = torch.tensor([[1.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
+    # The second sample's matrix is 1e-4 I plus what should be a covariance and is none.
+    matrices = torch.tensor(
+        [[[2.0, 0.0], [0.0, 1.0]], [[1e-4 - 0.9e-4, 0.0], [0.0, 1e-4 - 1.09e-4]]],
+        dtype=torch.float64,
+    )
+
+    def operator(v: torch.Tensor) -> torch.Tensor:
+        return (matrices @ v.unsqueeze(2)).squeeze(2)
+
+    free = conjugate_gradients(operator, b, iterations=1)
+    held = conjugate_gradients(operator, b, iterations=1, least=0.5e-4)
+    assert free[1].abs().max() > 1e5, "one step, divided by next to nothing"
+    assert torch.equal(held[1], torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(held[0], free[0]), "others go on as before"
+
+
 def test_conjugate_gradients_solve_each_sample_on_its_own() -> None:
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(4, 5, 5, generator=generator, dtype=torch.float64)

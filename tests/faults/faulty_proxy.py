@@ -147,11 +147,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _reset(self) -> None:
         self.close_connection = True
-        # A linger of 0 s makes `close` reset the connection; closing the socket object would end it
-        # politely.
+        # A linger of 0 s makes `close` reset the connection; the socket object's own closing would
+        # end it politely.
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         os.close(self.connection.detach())
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         pass
-

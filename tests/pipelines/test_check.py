@@ -62,7 +62,7 @@ CASES = {
     "Gaussian start of JPEG": ({"channel": JPEG}, "needs a linear channel"),
     "EM-MMPS of JPEG": (
         {"channel": JPEG, "method": "em-mmps", "start": {"kind": "pseudo_inverse"}},
-        "needs a linear channel",
+        "set method: diffem",
     ),
     "EM-MMPS warm start of EM-MMPS": (
         {"method": "em-mmps", "start": {"kind": "mmps", "laps": 1}},
@@ -134,6 +134,60 @@ CASES = {
             }
         },
         "set channel.operators: drawn",
+    ),
+    "a rank that is too large": (
+        {"start": {"kind": "gaussian", "rank": 500}},
+        "give 1 to 64, or None",
+    ),
+    "a covariance that is too large": (
+        {
+            "data": {"kind": "mnist5k", "holdout": 40, "limit": 240},
+            "channel": {**SENSING, "measurements": 300},
+        },
+        "set rank",
+    ),
+    "components of a warm start": (
+        {
+            "start": {"kind": "mmps", "laps": 1},
+            "mmps": {"covariance": "cov_x", "rank": 64},
+        },
+        "give 1 to 63",
+    ),
+    "conditions of EM-MMPS": (
+        {"method": "em-mmps", "condition": "gaussian_mean"},
+        "whose network sees no condition",
+    ),
+    "corruptions of EM-MMPS": (
+        {"method": "em-mmps", "m_step": {"steps": 1, "recorruption": "fixed"}},
+        "corrupts nothing",
+    ),
+    "a condition without its prior": (
+        {"condition": "gaussian_mean", "start": {"kind": "pseudo_inverse"}},
+        "take start.kind 'gaussian' or 'mmps'",
+    ),
+    "annealing upwards": (
+        {"e_step": {"sampler": {"kind": "ddim", "steps": 3}, "annealing": {"first": 4}}},
+        "begins with fewer steps",
+    ),
+    "stopping early, and counting on all steps": (
+        {
+            "m_step": {
+                "steps": 5,
+                "validation": {"patience": 1},
+                "learning_rate": {"kind": "linear", "over": "run"},
+            }
+        },
+        "leave patience out",
+    ),
+    "a prior's rate over the run": (
+        {
+            "prior": {
+                "kind": "unconditional",
+                "steps": 1,
+                "learning_rate": {"kind": "linear", "over": "run"},
+            }
+        },
+        "trained once",
     ),
     "a start that is not there": (
         {"start": {"kind": "model", "url": "no/such/model.safetensors"}},

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipelines.flows import em_run
-from pipelines.stages import iterations
+from pipelines.stages import iterations, training
 from pipelines.stages.bench import Bench
 from pipelines.status import read_status
 from storage_schemas.run_store import RunStore
@@ -97,7 +97,7 @@ def test_a_model_that_exists_goes_on(tiny_config: Path, tmp_path: Path) -> None:
         tiny_config,
         f"start={{kind: model, url: {model}}}",
         "iterations=1",
-        "m_step.learning_rate.value=1e-9",
+        "m_step.learning_rate={kind: constant, value: 1.0e-9}",
     )
     for name, value in weights_of(first, 1).items():
         copied = RunStore.open(str(second)).start().read_tensors("model")[0][name]
@@ -191,6 +191,78 @@ def test_what_is_kept_out_never_trains(
     assert seen[0] == seen[1], "the same observations are kept out in every iteration"
     losses = json.loads((url / "iterations/001/losses.json").read_text())
     assert [step for step, _ in losses["validation"]] == [5, 10, 12]
+
+
+def test_the_network_may_see_the_gaussian_mean(tiny_config: Path, tmp_path: Path) -> None:
+    plain, shown = tmp_path / "plain", tmp_path / "shown"
+    overrides = [
+        "start={kind: mmps, laps: 1, gaussian: {iterations: 4}}",
+        "channel.operators=observed",
+        "prior={kind: joint, samples: 64}",
+    ]
+    make_run(plain, tiny_config, *overrides)
+    make_run(shown, tiny_config, *overrides, "condition=gaussian_mean")
+    shapes = [{k: v.shape for k, v in weights_of(url, 1).items()} for url in (plain, shown)]
+    differing = [(a, b) for a, b in zip(*(s.values() for s in shapes), strict=True) if a != b]
+    assert len(differing) == 1, "the first layer alone sees the condition"
+    assert differing[0][1][1] == differing[0][0][1] + 1, "one band more"
+    for name, value in weights_of(plain, 0).items():
+        np.testing.assert_array_equal(weights_of(shown, 0)[name], value)
+    bench = Bench.open(str(shown))
+    prior = bench.store.start().read_tensors("model")[0]["mean"]
+    posterior = bench.conditioning_channel
+    nothing = torch.zeros(1, 1, 8, 8)
+    seen = posterior.condition(nothing, {"mask": nothing}, bench.scaling)[0, -1]
+    # Of an observation that sees nothing, the posterior mean is the prior's.
+    expected = bench.scaling.to_network(torch.from_numpy(prior).reshape(8, 8).float())
+    torch.testing.assert_close(seen, expected)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["m_step.validation={fraction: 0.1, every: 2, patience: 1}", "m_step.batch_size=4"],
+        ["e_step.refresh=0.5"],
+        ["start={kind: mmps, laps: 1, gaussian: {iterations: 4}}"],
+        ["condition=gaussian_mean"],
+        ["prior={kind: unconditional, steps: 10, batch_size: 16, samples: 64}"],
+    ],
+)
+def test_interrupted_and_resumed_it_ends_with_the_same_bytes(
+    overrides: list[str], tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    make_run(whole, tiny_config, *overrides)
+    real, steps = training.m_step, 0
+
+    def interrupted(*args: Any, on_step: Any, **kwargs: Any) -> Any:
+        def watch(state: Any) -> None:
+            nonlocal steps
+            on_step(state)
+            steps += 1
+            if steps % 5 == 0:
+                raise KeyboardInterrupt
+
+        return real(*args, on_step=watch, **kwargs)
+
+    monkeypatch.setattr(training, "m_step", interrupted)
+    often = [*overrides, "m_step.checkpoint_seconds=1e-9"]
+    for _ in range(12):
+        try:
+            make_run(parted, tiny_config, *often)
+            break
+        except KeyboardInterrupt:
+            continue
+    assert steps > 5, "it was interrupted at least once"
+    ours, theirs = (
+        {
+            path: RunStore.open(str(url)).objects.read(path)
+            for path in RunStore.open(str(url)).objects.list()
+            if path.endswith(("model.safetensors", "metrics.json", "losses.json"))
+        }
+        for url in (parted, whole)
+    )
+    assert ours == theirs
 
 
 def test_masks_are_those_of_the_observations(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from storage_schemas.run_store import RunStore
+from tests.storage.servers import KINDS, Server, reached, require_server, serving
 from tests.storage.tiny_run import resume_run
 
 
@@ -43,3 +44,20 @@ def any_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return url
     path = str(tmp_path / "run")
     return f"file://{path}" if request.param == "file" else path
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """An object store on loopback, reached through the environment of this process."""
+    require_server(request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    with serving(request.param, folder) as server, reached(server):
+        yield server
+
+
+@pytest.fixture
+def bucket(server: Server, request: pytest.FixtureRequest) -> str:
+    """A place of its own for each test."""
+    return server.url(request.node.name.partition("[")[0])

@@ -21,8 +21,10 @@ from pathlib import Path
 
 import pytest
 
+from storage_schemas import remote_objects
+from storage_schemas.remote_objects import SINGLE_WRITER
+
 KINDS = ("moto", "s3rver", "azurite")
-SINGLE_WRITER = "DIFFEM_SINGLE_WRITER"
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,7 @@ def reached(server: Server) -> Iterator[None]:
 
 def forget_connections() -> None:
     """Close the sessions of all file systems: without it they warn in whatever test comes then."""
-    from storage_schemas import objects
-
-    objects._CREATES_ONLY.clear()
+    remote_objects._CREATES_ONLY.clear()
     if "s3fs" in sys.modules:
         import s3fs
         from zarr.core.sync import _get_loop
@@ -127,9 +127,10 @@ def forget_connections() -> None:
     if "adlfs" in sys.modules:
         import adlfs
         from fsspec.asyn import sync
+        from zarr.core.sync import _get_loop
 
         for file_system in adlfs.AzureBlobFileSystem._cache.values():
-            sync(file_system.loop, file_system.service_client.close)
+            sync(file_system.loop or _get_loop(), file_system.service_client.close)
         adlfs.AzureBlobFileSystem.clear_instance_cache()
 
 
@@ -152,7 +153,7 @@ def node_modules() -> Path:
     return Path(os.environ.get("DIFFEM_NODE_MODULES") or default)
 
 
-# ----------------------------------------------------------------------------------------- the three
+# -------------------------------------------------------------------------------------- the three
 
 
 def _moto(port: int, folder: Path) -> tuple[list[str], dict[str, str]]:

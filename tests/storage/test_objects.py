@@ -1,3 +1,4 @@
+import copy
 import multiprocessing
 import os
 import pickle
@@ -7,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from storage_schemas import remote_objects
 from storage_schemas.errors import (
     ConfigMismatch,
     DamageError,
     LayoutMismatch,
+    NoSpace,
     StorageError,
+    StoreFailed,
     UnusableStore,
 )
 from storage_schemas.objects import ObjectStore, redact_url
@@ -90,7 +94,9 @@ def test_a_failed_write_leaves_the_old_object(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"No space left on device: .*/a'"):
+    with pytest.raises(
+        NoSpace, match=r"No space left on device: .*/a'; [0-9.]+ MB are free.*room"
+    ):
         objects.write("a", b"new")
     assert objects.read("a") == b"old"
     assert objects.partials() == []
@@ -146,10 +152,19 @@ def test_replacing_an_object_leaves_those_who_read_the_old_one_alone(tmp_path: P
     assert objects.read("a") == b"new"
 
 
-def test_passwords_in_urls_are_refused_and_not_shown() -> None:
-    with pytest.raises(UnusableStore, match=r"ftp://\*\*\*@host/run holds a password") as error:
-        ObjectStore("ftp://me:hunter2@host/run")
-    assert "hunter2" not in str(error.value)
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("ftp://me:hunter2@host/run", r"ftp://\*\*\*@host/run holds a password"),
+        ("s3://AKIA:hun/ter2+x@bucket/run", r"s3://\*\*\*@bucket/run holds a password"),
+        ("az://c/run?sv=1&sig=hunter2", r"az://c/run\?\*\*\* holds a query or fragment"),
+        ("memory://c/run#hunter2", r"memory://c/run\?\*\*\* holds a query or fragment"),
+    ],
+)
+def test_secrets_in_urls_are_refused_and_not_shown(url: str, shown: str) -> None:
+    with pytest.raises(UnusableStore, match=shown) as error:
+        ObjectStore(url)
+    assert "hun" not in str(error.value)
 
 
 def test_storage_options_are_neither_shown_nor_passed_on() -> None:
@@ -179,6 +194,8 @@ def test_errors_reach_other_processes(error: Exception) -> None:
     ("url", "shown"),
     [
         ("s3://key:secret@bucket/run", "s3://***@bucket/run"),
+        ("s3://key:sec/ret+@bucket/run", "s3://***@bucket/run"),
+        ("s3://bucket/run@2", "s3://bucket/run@2"),
         ("https://host/run?sig=secret#secret", "https://host/run?***"),
         ("s3://bucket/run", "s3://bucket/run"),
         ("/a/b@c?d", "/a/b@c?d"),
@@ -216,3 +233,77 @@ def test_of_many_processes_one_creates(tmp_path: Path) -> None:
     for name in objects.list():
         content = objects.read(name)
         assert (len(content), len(set(content))) == (100, 1)
+
+
+@pytest.mark.parametrize("status", [500, 503, 409, None])
+def test_a_request_that_may_succeed_later_is_repeated(
+    status: int | None, memory_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = ObjectStore(memory_url)
+    objects.write("a", b"1")
+    monkeypatch.setattr(remote_objects.time, "sleep", lambda _: None)
+    fails = Failing(objects, 4, _answer(status))
+    assert (objects.read("a"), fails.left) == (b"1", 0)
+    fails.left = 5
+    with pytest.raises(StoreFailed, match=rf"cannot read {memory_url}/a \(.*same command resumes"):
+        objects.read("a")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_request_is_not_repeated(status: int, memory_url: str) -> None:
+    objects = ObjectStore(memory_url)
+    fails = Failing(objects, 2, _answer(status))
+    with pytest.raises(UnusableStore, match="permissions and the credentials"):
+        objects.read("a")
+    assert fails.left == 1
+
+
+def test_messages_of_libraries_are_shown_without_secrets(
+    memory_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "planted-token")
+    connection = "AccountName=a;AccountKey=planted-account-key=="
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", connection)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIA0123456789")
+    text = (
+        "planted-token http://me:planted/password@host/x?sig=planted-signature "
+        "planted-account-key== planted-option AKIA0123456789"
+    )
+    objects = ObjectStore(memory_url, {"client_kwargs": {"aws_secret": "planted-option"}})
+    Failing(objects, 1, ValueError(text))
+    with pytest.raises(StoreFailed) as failed:
+        objects.read("a")
+    assert "planted" not in str(failed.value)
+    assert "AKIA0123456789" in str(failed.value), "which key was used helps to find the mistake"
+    assert failed.value.__cause__ is None
+    assert failed.value.__suppress_context__, "logs show causes too"
+
+
+class Failing:
+    """Let the next readings of a store's file system fail."""
+
+    def __init__(self, objects: ObjectStore, times: int, error: Exception) -> None:
+        self.left = times
+        fs = copy.copy(objects._backend.fs)  # type: ignore[attr-defined]
+        objects._backend.fs = fs  # type: ignore[attr-defined]
+        read = fs.cat_file
+
+        def failing(path: str) -> bytes:
+            if self.left:
+                self.left -= 1
+                raise error
+            content: bytes = read(path)
+            return content
+
+        fs.cat_file = failing
+
+
+def _answer(status: int | None) -> Exception:
+    """What s3fs raises: an OSError whose cause is botocore's error."""
+    if status is None:
+        return ConnectionResetError("reset")
+    cause = Exception()
+    cause.response = {"ResponseMetadata": {"HTTPStatusCode": status}}  # type: ignore[attr-defined]
+    error = PermissionError("no") if status in (401, 403) else OSError(5, "answered")
+    error.__cause__ = cause
+    return error

@@ -9,7 +9,7 @@ import pytest
 import zarr
 
 from storage_schemas.config import MStepConfig, RunnerConfig
-from storage_schemas.documents import encode_json
+from storage_schemas.documents import encode_json, write_json
 from storage_schemas.errors import (
     ConfigMismatch,
     DamageError,
@@ -35,6 +35,14 @@ from tests.storage.tiny_run import (
     resume_iteration,
     resume_run,
 )
+
+
+def test_a_run_of_a_version_with_other_fields_is_refused_with_a_reason(tmp_path: Path) -> None:
+    store = RunStore.create(str(tmp_path / "run"), make_config(), PROVENANCE)
+    older = store.manifest.model_copy(update={"config_digest": "0" * 64})
+    write_json(store.objects, "run.json", older)
+    with pytest.raises(SchemaMismatch, match="made by version 0, whose configs had other fields"):
+        RunStore.create(store.url, make_config(), PROVENANCE)
 
 
 def test_a_run_is_created_once_and_opened_again(any_url: str) -> None:
