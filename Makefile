@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo install install-test lint types test clean
+.PHONY: help demo install install-test lint types test servers clean
 
 help:
 	@echo "make demo   set up $(VENV), install, and learn from corrupted digits (about 3 minutes after installing)"
 	@echo "make test   set up $(VENV), then run lint, types and tests"
+	@echo "make servers  put s3rver and azurite into tests/node_modules, for more tests (needs Node.js)"
 	@echo "make clean  remove $(VENV) and caches; runs/ stays"
 
 $(BIN)/python:
@@ -40,6 +41,10 @@ types: install-test
 
 test: lint types
 	$(BIN)/python -m pytest
+
+# Two more object stores for the tests, where Node.js is: without them those tests are skipped.
+servers:
+	npm install --no-audit --no-fund --no-save --prefix tests s3rver@3 azurite@3
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -23,6 +23,7 @@ FAULTS = ("500", "503", "refused", "lost", "torn", "slow")
 server sees the request. `lost`: the server does it, and the connection is reset before the answer.
 `torn`: the connection is reset in the middle of the answer's body. `slow`: half a second late.
 """
+_CODES = {"500": "InternalError", "503": "ServiceUnavailable", "403": "SignatureDoesNotMatch"}
 SLOW = 0.5
 _HOP = {"connection", "keep-alive", "transfer-encoding", "date", "server"}
 
@@ -103,8 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = faults.choose(self.command, self.path)
         if fault == "refused":
             self._reset()
-        elif fault in ("500", "503"):
-            code = {"500": "InternalError", "503": "ServiceUnavailable"}[fault]
+        elif fault in _CODES:
+            code = _CODES[fault]
             text = f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
             self._answer(int(fault), [("Content-Type", "application/xml")], text)
         else:

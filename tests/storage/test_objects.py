@@ -304,6 +304,6 @@ def _answer(status: int | None) -> Exception:
         return ConnectionResetError("reset")
     cause = Exception()
     cause.response = {"ResponseMetadata": {"HTTPStatusCode": status}}  # type: ignore[attr-defined]
-    error = PermissionError("no") if status in (401, 403) else OSError(5, "answered")
+    error = PermissionError("no") if status == 403 else OSError(5, "answered")
     error.__cause__ = cause
     return error

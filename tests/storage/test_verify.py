@@ -111,6 +111,44 @@ def test_flipped_bits_of_commits_are_named_or_without_effect(complete_run: RunSt
         objects.write(path, whole)
 
 
+def test_one_random_fault_at_a_time_is_named_and_repaired(complete_run: RunStore) -> None:
+    """240 faults, one by one, over every kind of object; every eighth is repaired by resuming.
+
+    A bit flipped, a tail lost, a tail of zeros (as after a power cut), a byte too many, and for
+    what is not a document another object of the run under the name.
+    """
+    objects = complete_run.objects
+    whole, expected = contents(objects), results(objects)
+    rng = np.random.default_rng(1)
+    paths, hit = [*whole], set()
+    for number in range(240):
+        path = paths[number % len(paths)]
+        data = whole[path]
+        cut = int(rng.integers(len(data)))
+        damaged = [
+            flipped(data, rng),
+            data[:cut],
+            data[:cut] + bytes(len(data) - cut),
+            data + b"0",
+            whole[paths[(number + 1) % len(paths)]],
+        ][int(rng.integers(4 if path.endswith(".json") else 5))]
+        if damaged == data or b"".join(damaged.split()) == b"".join(data.split()):
+            continue  # zeros over zeros; white space in JSON
+        objects.write(path, damaged)
+        report = verify(objects)
+        assert path in faults(report), (path, len(data), len(damaged))
+        hit.add(path)
+        if number % 8 == 0 and path != "run.json":
+            repair(complete_run, report)
+            resume_run(objects)
+            assert results(objects) == expected, path
+            assert verify(objects).ok
+            whole = contents(objects)  # commits hold times
+        else:
+            objects.write(path, data)
+    assert hit == {*paths}
+
+
 def test_what_is_lost_or_torn_is_repaired_to_the_same_bytes(complete_run: RunStore) -> None:
     """Every second object is deleted, the others torn, one by one: resuming makes it good."""
     objects = complete_run.objects
