@@ -234,6 +234,29 @@ def ingest(
         print(summary.yaml())
 
 
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What to measure: storage.")],
+    url: Annotated[
+        str | None,
+        typer.Option(help="Write here, and leave it there.  [default: a temporary folder]"),
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Measure speed and memory on this machine."""
+    if name != "storage":
+        _say(f"there is no benchmark {name!r}; known are: storage")
+        raise typer.Exit(MISTAKE)
+    from pipelines.bench_storage import bench_storage, print_storage
+
+    with _mistakes_end_here():
+        result = bench_storage(url)
+    if json_:
+        _print_json(result.model_dump(mode="json"))
+    else:
+        print_storage(result)
+
+
 def _execute(config: RunConfig, url: str, *, take_over: bool) -> NoReturn:
     """Create or open the run, start Prefect, and let `em_run` do the work."""
     from pipelines.launch import RunFailed, launch

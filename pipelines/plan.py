@@ -29,6 +29,7 @@ from storage_schemas.run_store import RunStore
 __all__ = ["Plan", "make_plan", "print_plan"]
 
 _FLOAT = 4
+_WIDTHS = {"float32": 4, "float16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ def make_plan(config: RunConfig) -> Plan:
         evaluation_calls=drawn * calls,
         prior_calls=_prior_calls(config, calls),
         observation_bytes=samples * (truth * x_size + y_size + params_size) * _FLOAT,
-        iteration_bytes=(training * x_size + parameters) * _FLOAT,
+        iteration_bytes=training * x_size * _WIDTHS[config.e_step.stored_as] + parameters * _FLOAT,
         e_step_memory=(parameters + config.e_step.batch_size * (3 * x_size + condition)) * _FLOAT,
         m_step_memory=(5 * parameters + training * x_size) * _FLOAT,
     )

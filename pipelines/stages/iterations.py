@@ -57,6 +57,7 @@ def lay_out_iteration(run_url: str, iteration: int) -> Json:
         parent_digest=parent,
         seed=bench.seed("e_step", iteration),
         units=observations.manifest.units,
+        dtype=bench.config.e_step.stored_as,
     )
     return {
         "config_digest": bench.config.digest,

@@ -128,6 +128,8 @@ class EStepConfig(Record):
     """Observations per shard: the unit of work, of retrying and of storage (one object)."""
     batch_size: PositiveInt = 256
     """Observations per network call."""
+    stored_as: Literal["float32", "float16"] = "float32"
+    """Type of the stored reconstructions, which the M-step learns from; float16 halves them."""
 
 
 class ConstantRate(Record):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.faults.cli import results_at, run_tiny
 from tests.storage.servers import KINDS, Server, require_server, serving
 
 
@@ -28,8 +30,18 @@ def server(
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Environment of the command line: a Prefect home of its own, and no credentials."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "AZURE_"))}
     return {**clean, "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect"))}
+
+
+@pytest.fixture(scope="session")
+def undisturbed_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny_config: Path, home: dict[str, str]
+) -> dict[str, str]:
+    """Checksums of what the tiny run computes on a disk where nothing goes wrong."""
+    url = str(tmp_path_factory.mktemp("runs") / "tiny")
+    run_tiny(tiny_config, url, home)
+    return results_at(url)

@@ -34,9 +34,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_and_then_room(
-    small_disk: Path, home: dict[str, str], tiny_config: Path, tmp_path: Path
+    small_disk: Path,
+    home: dict[str, str],
+    tiny_config: Path,
+    undisturbed_run: dict[str, str],
 ) -> None:
-    run_tiny(tiny_config, str(tmp_path / "whole"), home)
     url = str(small_disk / "run")
     full = run_tiny(tiny_config, url, home, status=1)
     assert "No space left on device" in full.stderr
@@ -48,13 +50,11 @@ def test_a_full_disk_and_then_room(
     assert (before.missing, before.damaged) == ((), ())
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     run_tiny(tiny_config, url, home)
-    assert results_at(url) == results_at(str(tmp_path / "whole"))
+    assert results_at(url) == undisturbed_run
     assert verify(url).ok
 
 
-def test_a_limit_on_the_size_of_files(
-    home: dict[str, str], tiny_config: Path, tmp_path: Path
-) -> None:
+def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
     """RLIMIT_FSIZE: the write fails with EFBIG (Python ignores the signal)."""
     url = str(tmp_path / "run")
     # Prefect's database is larger than the limit: it is set in the stores' own process alone.

@@ -32,6 +32,12 @@ LOUD = {
 TRACE = re.compile(rb"pl4nted", re.IGNORECASE)  # begins every planted value, however it is quoted
 
 
+@pytest.fixture(scope="module")
+def own_home(tmp_path_factory: pytest.TempPathFactory, home: dict[str, str]) -> dict[str, str]:
+    """A Prefect home that these tests alone have used."""
+    return {**home, "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect-secrets"))}
+
+
 def diffem(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pipelines.cli", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -44,10 +50,10 @@ def assert_nothing_planted(text: str | bytes, where: str) -> None:
 
 
 def test_a_whole_run_keeps_no_credentials(
-    moto: Server, home: dict[str, str], tiny_config: Path
+    moto: Server, own_home: dict[str, str], tiny_config: Path
 ) -> None:
     url = moto.url("secrets")
-    environment = {**home, **moto.environment, **PLANTED, **LOUD}
+    environment = {**own_home, **moto.environment, **PLANTED, **LOUD}
     run = run_tiny(tiny_config, url, environment)
     shown = [run, diffem(environment, "status", url), diffem(environment, "verify", url)]
     shown += [diffem(environment, "status", url, "--json")]
@@ -62,7 +68,7 @@ def test_a_whole_run_keeps_no_credentials(
         for path, data in contents.items():
             assert_nothing_planted(path, path)
             assert_nothing_planted(data, path)
-    kept = [path for path in Path(home["PREFECT_HOME"]).rglob("*") if path.is_file()]
+    kept = [path for path in Path(own_home["PREFECT_HOME"]).rglob("*") if path.is_file()]
     assert any(path.suffix == ".db" and b"secrets" in path.read_bytes() for path in kept)
     assert any(path.parent.name == "storage" for path in kept), "Prefect's records of stages"
     for path in kept:
@@ -70,7 +76,7 @@ def test_a_whole_run_keeps_no_credentials(
 
 
 def test_a_failed_run_keeps_no_credentials(
-    moto: Server, home: dict[str, str], tiny_config: Path
+    moto: Server, own_home: dict[str, str], tiny_config: Path
 ) -> None:
     """Requests are refused in the middle: tracebacks go into Prefect's database."""
     left = 150
@@ -81,7 +87,7 @@ def test_a_failed_run_keeps_no_credentials(
         return "403" if left < 0 else None
 
     with faulty(moto.endpoint, plan) as faults:
-        environment = {**home, **moto.environment, **PLANTED, **LOUD}
+        environment = {**own_home, **moto.environment, **PLANTED, **LOUD}
         environment["AWS_ENDPOINT_URL"] = faults.endpoint
         command = [sys.executable, "-m", "pipelines.cli", "run", str(tiny_config), "--store"]
         done = subprocess.run(
@@ -95,7 +101,7 @@ def test_a_failed_run_keeps_no_credentials(
     assert faults.injected.total() > 0
     assert "credentials" in done.stderr
     assert_nothing_planted(done.stdout + done.stderr, "output")
-    for path in Path(home["PREFECT_HOME"]).rglob("*"):
+    for path in Path(own_home["PREFECT_HOME"]).rglob("*"):
         if path.is_file():
             assert_nothing_planted(path.read_bytes(), str(path))
 

@@ -2,25 +2,14 @@
 
 from pathlib import Path
 
-import pytest
-
 from storage_schemas.remote_objects import SINGLE_WRITER
 from storage_schemas.verify import verify
 from tests.faults.cli import results_at, run_tiny
 from tests.storage.servers import Server, reached
 
 
-@pytest.fixture(scope="module")
-def local(
-    tmp_path_factory: pytest.TempPathFactory, tiny_config: Path, home: dict[str, str]
-) -> dict[str, str]:
-    url = str(tmp_path_factory.mktemp("runs") / "tiny")
-    run_tiny(tiny_config, url, home)
-    return results_at(url)
-
-
 def test_the_command_line_in_a_bucket(
-    server: Server, tiny_config: Path, home: dict[str, str], local: dict[str, str]
+    server: Server, tiny_config: Path, home: dict[str, str], undisturbed_run: dict[str, str]
 ) -> None:
     url = server.url("tiny")
     environment = {**home, **server.environment}
@@ -30,7 +19,7 @@ def test_the_command_line_in_a_bucket(
         environment[SINGLE_WRITER] = "1"
     run_tiny(tiny_config, url, environment)
     with reached(server):
-        assert results_at(url) == local
+        assert results_at(url) == undisturbed_run
         assert verify(url).ok
     again = run_tiny(tiny_config, url, environment)
     assert "is complete" in again.stderr

@@ -12,7 +12,7 @@ from storage_schemas.lease import read_lease
 from storage_schemas.objects import ObjectStore
 from storage_schemas.run_store import RunStore
 from storage_schemas.verify import verify
-from tests.faults.cli import results_at, run_command, run_tiny
+from tests.faults.cli import results_at, run_command
 from tests.storage.servers import Server, reached
 from tests.storage.tiny_run import make_config, results, resume_run
 
@@ -125,9 +125,11 @@ def test_two_processes_create_one_run(tmp_path: Path) -> None:
 
 
 def test_two_commands_at_one_instant(
-    home: dict[str, str], tiny_config: Path, tmp_path: Path
+    home: dict[str, str],
+    tiny_config: Path,
+    undisturbed_run: dict[str, str],
+    tmp_path: Path,
 ) -> None:
-    run_tiny(tiny_config, str(tmp_path / "whole"), home)
     url = str(tmp_path / "run")
     commands = [
         subprocess.Popen(
@@ -145,5 +147,5 @@ def test_two_commands_at_one_instant(
     refused, worked = statuses.index(2), statuses.index(0)
     assert f"is being written by diffem run (process {commands[worked].pid}" in outputs[refused][1]
     assert "Traceback" not in outputs[refused][1]
-    assert results_at(url) == results_at(str(tmp_path / "whole"))
+    assert results_at(url) == undisturbed_run
     assert verify(url).ok

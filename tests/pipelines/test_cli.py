@@ -119,3 +119,9 @@ def test_the_console_script_is_installed() -> None:
     )
     for command in ("run", "status", "verify"):
         assert command in done.stdout
+
+
+def test_an_unknown_benchmark_is_a_mistake() -> None:
+    result = CliRunner().invoke(app, ["bench", "storge"])
+    assert result.exit_code == 2
+    assert "known are: storage" in result.stderr

@@ -166,6 +166,15 @@ def test_a_lazy_e_step_redraws_a_part(tiny_config: Path, tmp_path: Path) -> None
     assert (abs(changed.sum(axis=1) - 50) < 5 * 6.1).all()
 
 
+def test_reconstructions_may_be_stored_at_half_the_size(tiny_config: Path, tmp_path: Path) -> None:
+    url = tmp_path / "run"
+    make_run(url, tiny_config, "e_step.stored_as=float16")
+    for iteration in (0, 1):
+        drawn = RunStore.open(str(url)).iteration(iteration).read_reconstructions()
+        assert drawn.dtype == np.float16
+    assert verify(str(url)).ok
+
+
 def test_what_is_kept_out_never_trains(
     tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

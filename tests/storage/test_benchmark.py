@@ -1,6 +1,11 @@
+from pathlib import Path
+
 import numpy as np
+import pytest
 
 from storage_schemas.benchmark import CODECS, measure_codecs, noisy_images
+from storage_schemas.objects import ObjectStore
+from storage_schemas.store_benchmark import measure_store, plan_store
 
 
 def test_every_codec_is_measured() -> None:
@@ -17,3 +22,29 @@ def test_images_are_smooth_and_noisy() -> None:
     steps = np.diff(images, axis=-1).std(axis=(1, 2, 3))
     # Noise of 0.05 alone makes steps of 0.05 sqrt 2 = 0.071; the waves add at most 6 / 63 = 0.095.
     assert np.all((steps > 0.065) & (steps < 0.13))
+
+
+def test_a_store_is_measured_by_what_was_written(tmp_path: Path) -> None:
+    url = str(tmp_path / "store")
+    speed = measure_store(url, samples=700, x_shape=(1, 8, 8), minibatches=2)
+    assert speed.mb == 700 * 64 * 4e-6
+    on_disk = sum(p.stat().st_size for p in (tmp_path / "store/observations.zarr").rglob("*.*"))
+    on_disk += sum(
+        p.stat().st_size
+        for p in (tmp_path / "store/observations.zarr").rglob("*")
+        if p.is_file() and "." not in p.name
+    )
+    assert speed.ratio == pytest.approx(1e6 * speed.mb / on_disk)
+    assert min(speed.write_mb_s, speed.read_mb_s, speed.minibatches_s) > 0
+    with pytest.raises(ValueError, match="is not empty; give a place where nothing is yet"):
+        measure_store(url, samples=10, x_shape=(1, 8, 8))
+
+
+def test_a_plan_says_what_is_written(tmp_path: Path) -> None:
+    objects = ObjectStore(str(tmp_path / "store"))
+    shape = (3, 64, 64)
+    measure_store(objects.url, samples=600, x_shape=shape, minibatches=1)
+    plan = plan_store(samples=600, x_shape=shape)
+    written = [p for p in objects.list() if p.startswith("observations.zarr/observation/c/")]
+    assert plan.objects == len(written) > 1
+    assert plan.object_mb <= 24
