@@ -271,6 +271,7 @@ def _write(
             RunLease(objects, owner="diffem ingest") as lease,
             stage(title, total=work.samples, unit="samples") as advance,
         ):
+            objects.sweep(FOLDER)  # what a writer that was killed had open
 
             def counted() -> Iterator[ObservationBlock]:
                 for block in blocks:

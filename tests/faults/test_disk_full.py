@@ -107,10 +107,9 @@ def test_a_disk_that_is_full_from_the_start(
 ) -> None:
     """Not even `run.json` fits: the choice of the place was the caller's mistake."""
     filler = small_disk / "filler"
-    with filler.open("wb") as file, contextlib.suppress(OSError):
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
-            file.flush()
     full = run_tiny(tiny_config, str(small_disk / "run"), home, status=2)
     assert "No space left on device" in full.stderr
     assert "choose another --store" in full.stderr

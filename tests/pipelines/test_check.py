@@ -223,3 +223,8 @@ def test_others_are_not(changes: dict[str, object], tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({**TINY, **changes}))
     check_config(load_config(str(path)))
+
+
+@pytest.mark.parametrize("path", sorted(Path("deploy/experiments").glob("*.yaml")), ids=str)
+def test_every_ready_experiment_can_run(path: Path) -> None:
+    check_config(load_config(str(path)))

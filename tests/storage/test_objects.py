@@ -1,4 +1,3 @@
-import copy
 import multiprocessing
 import os
 import pickle
@@ -280,22 +279,23 @@ def test_messages_of_libraries_are_shown_without_secrets(
 
 
 class Failing:
-    """Let the next readings of a store's file system fail."""
+    """Stand between a store and its file system, which other tests share; let readings fail."""
 
     def __init__(self, objects: ObjectStore, times: int, error: Exception) -> None:
         self.left = times
-        fs = copy.copy(objects._backend.fs)  # type: ignore[attr-defined]
-        objects._backend.fs = fs  # type: ignore[attr-defined]
-        read = fs.cat_file
+        self._error = error
+        self._fs = objects._backend.fs  # type: ignore[attr-defined]
+        objects._backend.fs = self  # type: ignore[attr-defined]
 
-        def failing(path: str) -> bytes:
-            if self.left:
-                self.left -= 1
-                raise error
-            content: bytes = read(path)
-            return content
+    def cat_file(self, path: str) -> bytes:
+        if self.left:
+            self.left -= 1
+            raise self._error
+        content: bytes = self._fs.cat_file(path)
+        return content
 
-        fs.cat_file = failing
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._fs, name)
 
 
 def _answer(status: int | None) -> Exception:
