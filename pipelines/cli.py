@@ -296,12 +296,17 @@ def _ingested(request: IngestRequest) -> IngestSummary:
 
 @contextmanager
 def _mistakes_end_here() -> Iterator[None]:
-    """Turn a caller's mistake into one message and exit status 2."""
+    """Turn a caller's mistake into one message and exit status 2, a failing store into 1."""
     try:
         yield
     except ValueError as error:
         _say(f"diffem: {error}")
         raise typer.Exit(MISTAKE) from None
+    except OSError as error:
+        from storage_schemas.redaction import without_secrets
+
+        _say(f"diffem: {without_secrets(str(error))}")
+        raise typer.Exit(FAILED) from None
 
 
 def _say(text: str) -> None:

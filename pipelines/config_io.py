@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from storage_schemas.config import RunConfig
+from storage_schemas.redaction import redact_url, without_secrets
 
 __all__ = ["ConfigError", "load_config", "parse_override"]
 
@@ -32,16 +33,17 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
             message lists every
             offending field.
     """
+    shown = redact_url(source)
     text = _read_text(source)
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"{source} is not valid YAML: {_one_line(error)}; correct the file"
+            f"{shown} is not valid YAML: {_one_line(error)}; correct the file"
         ) from None
     if not isinstance(data, dict):
         raise ConfigError(
-            f"{source} holds {_type_name(data)} but a config is a mapping of keys to values; "
+            f"{shown} holds {_type_name(data)} but a config is a mapping of keys to values; "
             "start from one of deploy/experiments/*.yaml"
         )
     for override in overrides:
@@ -50,7 +52,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{source} does not describe a run:\n{_explain(error)}") from None
+        raise ConfigError(f"{shown} does not describe a run:\n{_explain(error)}") from None
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
@@ -76,17 +78,20 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 def _read_text(source: str) -> str:
     import fsspec
 
+    shown = redact_url(source)
     try:
         with fsspec.open(source, "r", encoding="utf-8") as file:
             return str(file.read())
     except FileNotFoundError:
-        raise ConfigError(f"no config at {source}; give the path or URL of a YAML file") from None
+        raise ConfigError(f"no config at {shown}; give the path or URL of a YAML file") from None
     except UnicodeDecodeError:
         raise ConfigError(
-            f"{source} is not a text file in UTF-8; give the path or URL of a YAML file"
+            f"{shown} is not a text file in UTF-8; give the path or URL of a YAML file"
         ) from None
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"the config {source} cannot be read: {_one_line(error)}") from None
+        raise ConfigError(
+            f"the config {shown} cannot be read: {without_secrets(_one_line(error))}"
+        ) from None
 
 
 def _assign(data: dict[str, Any], path: list[str], value: Any, override: str) -> None:
@@ -119,7 +124,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def _shorten(value: Any, limit: int = 80) -> str:
-    text = repr(value)
+    text = without_secrets(repr(value))
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -25,7 +25,7 @@ from pydantic import NonNegativeInt
 from storage_schemas import observations, prior_store, reconstructions, start_store
 from storage_schemas._base import Record
 from storage_schemas.documents import decode_json, read_json
-from storage_schemas.errors import DamageError
+from storage_schemas.errors import DamageError, SchemaMismatch
 from storage_schemas.integrity import joined, problem_of
 from storage_schemas.iteration_store import IterationStore
 from storage_schemas.lease import held_elsewhere
@@ -365,6 +365,9 @@ class _Check:
             return read_json(self.store.objects, path, model)
         except DamageError as error:
             self._damage(path, error.problem)
+            return None
+        except SchemaMismatch as error:
+            self._damage(path, str(error))
             return None
 
     def _compare(self, records: Mapping[str, ObjectRecord], prefix: str) -> None:

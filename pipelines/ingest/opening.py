@@ -56,7 +56,7 @@ def _source(source: str, corruption: RunConfig | None, opened: contextlib.ExitSt
         )
     local = _local(source)
     if local is not None and not local.exists():
-        raise IngestError(f"there is nothing at {source}; SOURCE is {_KNOWN}")
+        raise IngestError(f"there is nothing at {redact_url(source)}; SOURCE is {_KNOWN}")
     # A query may follow the name in a URL; it is not shown anywhere.
     name = re.sub(r"[?#].*$", "", source) if local is None else source
     suffix = Path(name.rstrip("/")).suffix.lower()
@@ -70,7 +70,9 @@ def _source(source: str, corruption: RunConfig | None, opened: contextlib.ExitSt
         case _ if suffix == ".zarr" or _is_zarr(source):
             found = arrays.open_zarr(source)
         case _ if local is not None and local.is_file():
-            raise IngestError(f"{source} is a file of another kind; SOURCE is {_KNOWN}")
+            raise IngestError(
+                f"{redact_url(source)} is a file of another kind; SOURCE is {_KNOWN}"
+            )
         case _:
             found = images.open_images(source)
             return Source(description=redact_url(source), arrays=found, value_range=None)

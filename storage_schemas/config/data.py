@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -15,6 +14,7 @@ from pydantic import (
 )
 
 from storage_schemas._base import Record
+from storage_schemas.redaction import secret_part
 
 __all__ = [
     "BundledData",
@@ -220,12 +220,12 @@ class StoreData(Record):
     @field_validator("url")
     @classmethod
     def _holds_no_secret(cls, value: str) -> str:
-        if re.search(r"://[^/@]*:[^/@]*@", value) or re.search(r"://.*[?#]", value):
+        found = secret_part(value)
+        if found is not None:
             # The message is shown: the URL itself must not be in it.
             raise ValueError(
-                "data.url holds a password or a query, but URLs are shown and stored; leave it "
-                "out and give it where the library of this store looks for it (environment, "
-                "profile)"
+                f"data.url holds {found}, but URLs are shown and stored; leave it out and give it "
+                "where the library of this store looks for it (environment, profile)"
             )
         return value
 

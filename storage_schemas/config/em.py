@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
 
 from storage_schemas._base import Record
 from storage_schemas.config.sampler import DdpmSampler, SamplerConfig
+from storage_schemas.redaction import secret_part
 
 __all__ = [
     "AnnealingConfig",
@@ -69,6 +70,17 @@ class ModelStart(Record):
     kind: Literal["model"] = "model"
     url: str = Field(min_length=1)
     """Path or fsspec URL of a `model.safetensors` of the same network and channel."""
+
+    @field_validator("url")
+    @classmethod
+    def _holds_no_secret(cls, value: str) -> str:
+        found = secret_part(value)
+        if found is not None:
+            raise ValueError(
+                f"start.url holds {found}, but URLs are shown and stored; leave it out, and give "
+                "credentials in the environment"
+            )
+        return value
 
 
 StartConfig = Annotated[

@@ -119,3 +119,21 @@ def test_a_config_survives_the_way_through_json_and_yaml() -> None:
         RunConfig.model_validate(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))))
         == config
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("start={kind: model, url: 's3://AKIA:ab/hidden-secret@bucket/m'}", "a password"),
+        ("start={kind: model, url: 's3://b/m.safetensors?sig=hidden-secret'}", "a query"),
+        (
+            "data={kind: store, url: 's3://AKIA:ab/hidden-secret@b/d', x_shape: [1, 8, 8], "
+            "value_range: [0, 16]}",
+            "a password",
+        ),
+    ],
+)
+def test_a_secret_in_a_url_is_refused_and_not_shown(override: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem) as error:
+        load_config("deploy/experiments/digits.yaml", [override])
+    assert "hidden-secret" not in str(error.value)
