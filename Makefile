@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo install install-test lint types test servers clean
+.PHONY: help demo install install-test lint types test test-all servers clean
 
 help:
 	@echo "make demo   set up $(VENV), install, and learn from corrupted digits (about 3 minutes after installing)"
 	@echo "make test   set up $(VENV), then run lint, types and tests"
+	@echo "make test-all  likewise, with the tests that take minutes each"
 	@echo "make servers  put s3rver and azurite into tests/node_modules, for more tests (needs Node.js)"
 	@echo "make clean  remove $(VENV) and caches; runs/ stays"
 
@@ -40,6 +41,9 @@ types: install-test
 	$(BIN)/mypy
 
 test: lint types
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint types
 	$(BIN)/python -m pytest
 
 # Two more object stores for the tests, where Node.js is: without them those tests are skipped.

@@ -83,6 +83,7 @@ def test_a_run_through_a_bad_network_ends_the_same(
     assert len(faults.kinds()) >= 4
 
 
+@pytest.mark.slow
 def test_the_command_line_through_a_bad_network_ends_the_same(
     moto: Server, home: dict[str, str], tiny_config: Path, undisturbed_run: dict[str, str]
 ) -> None:

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import pytest
+
 from storage_schemas.remote_objects import SINGLE_WRITER
 from storage_schemas.verify import verify
 from tests.faults.cli import results_at, run_tiny
 from tests.storage.servers import Server, reached
 
 
+@pytest.mark.slow
 def test_the_command_line_in_a_bucket(
     server: Server, tiny_config: Path, home: dict[str, str], undisturbed_run: dict[str, str]
 ) -> None:

@@ -124,6 +124,7 @@ def test_two_processes_create_one_run(tmp_path: Path) -> None:
     assert second.manifest == first.manifest
 
 
+@pytest.mark.slow
 def test_two_commands_at_one_instant(
     home: dict[str, str],
     tiny_config: Path,
