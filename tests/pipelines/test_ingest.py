@@ -827,7 +827,7 @@ DENOISING = {"kind": "denoising", "noise_std": 0.4}
         ({"url": "/nowhere/at/all"}, {}, "holds no complete observations"),
         ({"url": "nosuchscheme://bucket/store"}, {}, "nosuchscheme"),
         ({"url": "s3://user:secret@bucket/store"}, {}, "holds a password"),
-        ({"url": "https://host/store?token=secret"}, {}, "holds a password or a query"),
+        ({"url": "https://host/store?token=secret"}, {}, "holds a query or fragment"),
         ({"x_shape": [1, 8, 9]}, {}, r"set data\.x_shape: \[1, 8, 8\]"),
         ({"x_shape": [8, 8]}, {}, "give one or three sizes"),
         ({"value_range": None}, {}, "black and white"),
