@@ -340,25 +340,15 @@ def dense_is_small(channel: Channel, *, asked: bool = False) -> bool:
         channel: A linear channel.
         asked: Whether nothing else will do.
     """
-    m, d = _sizes(channel)
-    if not channel.params_spec:
-        return d * max(m, d) <= _SHARED_VALUES
-    if channel.selects:
-        return d * d <= _SELECTED_VALUES
-    return m * d <= (_OWN_VALUES_ASKED if asked else _OWN_VALUES)
+    count, limit = _dense_values(channel, asked=asked)
+    return count <= limit
 
 
 def require_small_dense(channel: Channel, what: str, remedy: str) -> None:
     """Refuse channels whose dense systems are too large; `what` names who needs them."""
-    if not dense_is_small(channel, asked=True):
+    count, limit = _dense_values(channel, asked=True)
+    if count > limit:
         m, d = _sizes(channel)
-        limit, count = (
-            (_SHARED_VALUES, d * max(m, d))
-            if not channel.params_spec
-            else (_SELECTED_VALUES, d * d)
-            if channel.selects
-            else (_OWN_VALUES_ASKED, m * d)
-        )
         raise ValueError(
             f"{what} builds dense systems, of {count} values for {type(channel).__name__} with "
             f"{d} entries of x and {m} of y, where {limit} is the largest size; {remedy}"
@@ -379,6 +369,16 @@ def blocks(n: int, values: int) -> Iterator[slice]:
     """Split n samples with `values` float64 values each."""
     step = max(1, _CHUNK_VALUES // max(1, values))
     return (slice(i, min(i + step, n)) for i in range(0, n, step))
+
+
+def _dense_values(channel: Channel, *, asked: bool) -> tuple[int, int]:
+    """Count the values of a channel's dense systems, and how many may be built."""
+    m, d = _sizes(channel)
+    if not channel.params_spec:
+        return d * max(m, d), _SHARED_VALUES
+    if channel.selects:
+        return d * d, _SELECTED_VALUES
+    return m * d, _OWN_VALUES_ASKED if asked else _OWN_VALUES
 
 
 def _sizes(channel: Channel) -> tuple[int, int]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from storage_schemas.documents import create_json, read_json
-from storage_schemas.errors import DamageError, IncompleteError
+from storage_schemas.documents import read_json
+from storage_schemas.errors import IncompleteError
 from storage_schemas.manifests import IterationManifest, PriorManifest, RunManifest, StageRecord
 from storage_schemas.metrics import Metrics
 from storage_schemas.objects import ObjectStore
@@ -70,15 +70,7 @@ class PriorStore(StageFolder):
             stages=dict(stages),
             finished=now(),
         )
-        try:
-            create_json(self.objects, self.path(COMMIT), manifest)
-        except FileExistsError:
-            committed = self.manifest()
-            assert committed is not None
-            if committed.model_digest != manifest.model_digest:
-                raise DamageError(self.path(COMMIT), "is committed with another model") from None
-            return committed
-        return manifest
+        return self._committed_once(COMMIT, manifest)
 
     def manifest(self) -> PriorManifest | None:
         """Return `prior.json`: None as long as the prior is not complete."""

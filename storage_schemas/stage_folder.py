@@ -10,18 +10,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
-from storage_schemas.documents import encode_json, read_json, write_json
+from storage_schemas.documents import create_json, encode_json, read_json, write_json
 from storage_schemas.errors import DamageError
 from storage_schemas.integrity import is_whole, joined, problem_of
-from storage_schemas.manifests import ObjectRecord, StageRecord
+from storage_schemas.manifests import ObjectRecord, PriorManifest, StageRecord, StartManifest
 from storage_schemas.metrics import Metrics
 from storage_schemas.objects import ObjectStore
 
 __all__ = ["StageFolder"]
+
+_Commit = TypeVar("_Commit", StartManifest, PriorManifest)
 
 METRICS = "metrics.json"
 CHECKPOINT = "checkpoint/state.safetensors"
@@ -178,6 +180,22 @@ class StageFolder:
                     self.path(name), f"has {size} bytes but {record.bytes} were written"
                 )
         return found
+
+    def _committed_once(self, name: str, manifest: _Commit) -> _Commit:
+        """Write a commit, or return the one that is there if it is of the same model.
+
+        Raises:
+            DamageError: If it is committed already with another model.
+        """
+        try:
+            create_json(self.objects, self.path(name), manifest)
+        except FileExistsError:
+            committed = read_json(self.objects, self.path(name), type(manifest))
+            assert committed is not None
+            if committed.model_digest != manifest.model_digest:
+                raise DamageError(self.path(name), "is committed with another model") from None
+            return committed
+        return manifest
 
     def _require_unchanged(self, name: str, data: bytes, committed: ObjectRecord | None) -> None:
         """Refuse to replace an object of a commit by a different one."""

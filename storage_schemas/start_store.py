@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from storage_schemas.documents import create_json, read_json
-from storage_schemas.errors import DamageError, IncompleteError
+from storage_schemas.documents import read_json
+from storage_schemas.errors import IncompleteError
 from storage_schemas.manifests import RunManifest, StageRecord, StartManifest
 from storage_schemas.metrics import Metrics
 from storage_schemas.objects import ObjectStore
@@ -64,15 +64,7 @@ class StartStore(StageFolder):
             stages=dict(stages),
             finished=now(),
         )
-        try:
-            create_json(self.objects, self.path(COMMIT), manifest)
-        except FileExistsError:
-            committed = self.manifest()
-            assert committed is not None
-            if committed.model_digest != manifest.model_digest:
-                raise DamageError(self.path(COMMIT), "is committed with another model") from None
-            return committed
-        return manifest
+        return self._committed_once(COMMIT, manifest)
 
     def manifest(self) -> StartManifest | None:
         """Return `start.json`: None as long as the start is not complete."""

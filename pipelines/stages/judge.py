@@ -68,16 +68,7 @@ def judge(
     if config.preview:
         picture = _preview(bench, result, holdout, truth, f"{bench.config.name} · {title}")
         objects["preview.png"] = folder.write_bytes("preview.png", picture)
-    record = StageRecord(
-        stage="evaluate",
-        parent_digest=model_digest,
-        objects=objects,
-        seconds=time.perf_counter() - began,
-        units=total,
-        finished=now(),
-    )
-    folder.write_stage(record)
-    return record
+    return _recorded(folder, objects, model_digest, units=total, began=began)
 
 
 def _truth(bench: Bench) -> Truth | None:
@@ -185,12 +176,24 @@ def judge_prior(
         )
     objects = {"metrics.json": folder.write_metrics(metrics)}
     objects["samples.safetensors"] = folder.write_tensors("samples", {"x": drawn.numpy()})
+    return _recorded(folder, objects, model_digest, units=samples, began=began)
+
+
+def _recorded(
+    folder: StageFolder,
+    objects: dict[str, ObjectRecord],
+    model_digest: str,
+    *,
+    units: int,
+    began: float,
+) -> StageRecord:
+    """Write the record of an evaluation, after its objects."""
     record = StageRecord(
         stage="evaluate",
         parent_digest=model_digest,
         objects=objects,
         seconds=time.perf_counter() - began,
-        units=samples,
+        units=units,
         finished=now(),
     )
     folder.write_stage(record)
