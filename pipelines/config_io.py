@@ -30,8 +30,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises:
         ConfigError: If the file cannot be read, is not YAML, or describes no valid run; the
-            message lists every
-            offending field.
+            message lists every offending field by its path.
     """
     shown = redact_url(source)
     text = _read_text(source)
@@ -52,7 +51,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{shown} does not describe a run:\n{_explain(error)}") from None
+        raise ConfigError(f"{shown} does not describe a run:\n{_explain(error, data)}") from None
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
@@ -107,10 +106,10 @@ def _assign(data: dict[str, Any], path: list[str], value: Any, override: str) ->
     node[path[-1]] = value
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, data: Any) -> str:
     lines = []
     for item in error.errors(include_url=False, include_context=False):
-        where = ".".join(str(part) for part in item["loc"])
+        where = ".".join(_keys(item["loc"], data))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "missing":
             lines.append(f"  {where}: missing; add it")
@@ -121,6 +120,22 @@ def _explain(error: ValidationError) -> str:
         else:
             lines.append(f"  {message}")
     return "\n".join(lines)
+
+
+def _keys(location: Sequence[str | int], data: Any) -> list[str]:
+    """Return the keys that lead to a place in a config, without pydantic's names of variants."""
+    keys = []
+    for part in location:
+        if isinstance(data, dict) and part not in data and part == data.get("kind", "local"):
+            continue
+        keys.append(str(part))
+        if isinstance(data, dict):
+            data = data.get(part)
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            data = data[part]
+        else:
+            data = None
+    return keys
 
 
 def _shorten(value: Any, limit: int = 80) -> str:

@@ -83,10 +83,8 @@ from storage_schemas.config.model import (
     VEKarras,
     VELogLinear,
 )
-from storage_schemas.config.run import (
-    RunConfig,
-    RunnerConfig,
-)
+from storage_schemas.config.run import RunConfig
+from storage_schemas.config.runner import LocalRunner, RayRunner, RunnerConfig
 from storage_schemas.config.sampler import (
     DdimSampler,
     DdpmSampler,
@@ -132,6 +130,7 @@ __all__ = [
     "JpegChannel",
     "KarrasGrid",
     "LinearRate",
+    "LocalRunner",
     "LogLinearGrid",
     "LogNormalTime",
     "MMPSConfig",
@@ -154,6 +153,7 @@ __all__ = [
     "RandomMaskChannel",
     "RandomMatrixChannel",
     "RateConfig",
+    "RayRunner",
     "RunConfig",
     "RunnerConfig",
     "SamplerConfig",

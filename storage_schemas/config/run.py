@@ -1,4 +1,4 @@
-"""The whole config, and where the work is done."""
+"""The whole config."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from storage_schemas._base import Record
 from storage_schemas.config.channel import ChannelConfig, CustomChannel, RandomMatrixChannel
@@ -33,21 +33,9 @@ from storage_schemas.config.model import (
     TimeConfig,
     VELogLinear,
 )
+from storage_schemas.config.runner import LocalRunner, RunnerConfig
 
-__all__ = ["RunConfig", "RunnerConfig"]
-
-
-class RunnerConfig(Record):
-    """Where the work is done. Changes no number on one kind of machine."""
-
-    kind: Literal["local"] = "local"
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`."""
-    threads: PositiveInt | None = None
-    """Processor threads; all cores by default."""
-    memory_gb: PositiveFloat = 4.0
-    """Reconstructions of an iteration, in GiB as float32, that the M-step keeps in memory; more
-    are read through a scratch file in the folder for temporary files."""
+__all__ = ["RunConfig"]
 
 
 class RunConfig(Record):
@@ -93,7 +81,7 @@ class RunConfig(Record):
     """What is measured after each iteration."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the network; weights, losses and sampler states stay float32."""
-    runner: RunnerConfig = RunnerConfig()
+    runner: RunnerConfig = LocalRunner()
     """Where the work is done."""
 
     @model_validator(mode="after")

@@ -1,5 +1,6 @@
 """What people may write into a config, and what they are told when it is wrong."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -71,10 +72,10 @@ def test_a_binary_file_is_refused(tmp_path: Path) -> None:
         ("m_step.stepz=3", r"m_step\.stepz: unknown key"),
         ("m_step.steps=many", r"m_step\.steps: received 'many'"),
         ("m_step.steps=0", r"m_step\.steps: received 0"),
-        ("channel.keep=1.5", r"channel\.random_mask\.keep: received 1\.5"),
-        ("channel.keep=.nan", r"channel\.random_mask\.keep"),
+        ("channel.keep=1.5", r"channel\.keep: received 1\.5"),
+        ("channel.keep=.nan", r"channel\.keep"),
         ("channel.kind=fog", r"channel: .*fog"),
-        ("network.kind=mlp", r"network\.mlp"),
+        ("network.kind=mlp", r"network\.channels: unknown"),
         ("schedule.sigma_min=1000", "noise must grow"),
         ("e_step.sampler.sigma_end=1000", "noise must fall"),
         ("name=Digits!", r"name: received 'Digits!'"),
@@ -137,3 +138,17 @@ def test_a_secret_in_a_url_is_refused_and_not_shown(override: str, problem: str)
     with pytest.raises(ConfigError, match=problem) as error:
         load_config("deploy/experiments/digits.yaml", [override])
     assert "hidden-secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "path"),
+    [
+        ("start={kind: gaussian, rank: 0}", "start.rank"),
+        ("runner.workers=0", "runner.workers"),
+        ("runner={kind: ray, workers: 2}", "runner.workers"),
+        ("e_step.sampler.steps=0", "e_step.sampler.steps"),
+    ],
+)
+def test_an_offending_field_is_named_by_its_path_in_the_file(override: str, path: str) -> None:
+    with pytest.raises(ConfigError, match=rf"\n  {re.escape(path)}: "):
+        load_config(DIGITS, [override])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zarr
 
-from storage_schemas.config import MStepConfig, RunnerConfig
+from storage_schemas.config import LocalRunner, MStepConfig
 from storage_schemas.documents import encode_json, write_json
 from storage_schemas.errors import (
     ConfigMismatch,
@@ -74,7 +74,7 @@ def test_another_config_is_refused_with_the_difference(any_url: str) -> None:
 def test_a_change_that_changes_no_number_is_stored(tmp_path: Path) -> None:
     url = str(tmp_path / "run")
     RunStore.create(url, make_config(), PROVENANCE)
-    wanted = make_config(iterations=9, runner=RunnerConfig(threads=1), description="longer")
+    wanted = make_config(iterations=9, runner=LocalRunner(threads=1), description="longer")
     assert RunStore.create(url, wanted).config == wanted
     stored = RunStore.open(url).manifest
     assert stored.config == wanted

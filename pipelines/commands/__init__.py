@@ -1,0 +1,1 @@
+"""The commands of `diffem`, one module each; `pipelines.cli` puts them together."""
