@@ -1,0 +1,1 @@
+"""Where stages run: in this process, in a process per device, or on a Ray cluster."""
