@@ -22,8 +22,11 @@ def e_step(
     batch_size: int,
     temperature: float = 1.0,
     on_progress: Callable[[int], None] | None = None,
+    on_smaller_batch: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Draw a reconstruction of every observation.
+
+    A batch for which the GPU has no memory is halved, until it fits, and so are those after it.
 
     Arguments:
         posterior: What is drawn from.
@@ -33,6 +36,7 @@ def e_step(
         batch_size: Observations per call of the posterior.
         temperature: Factor on the noise that the posterior draws, in (0, 1]; see `Posterior`.
         on_progress: Called after each batch with the number of observations that it held.
+        on_smaller_batch: Called with the new batch size whenever it is halved.
 
     Returns:
         Reconstructions of shape (n, *x_shape), in the data's units, on the device of y.
@@ -41,6 +45,7 @@ def e_step(
         ValueError: There are no observations, the lengths differ, or the batch size is not
             positive.
         FloatingPointError: A reconstruction is not finite.
+        torch.OutOfMemoryError: The GPU has no memory for a single observation.
     """
     n = len(y)
     if n == 0:
@@ -55,17 +60,25 @@ def e_step(
             raise ValueError(
                 f"e_step received {n} observations but {name} of length {length}; give one each"
             )
-    parts = []
-    for start in range(0, n, batch_size):
+    parts: list[Tensor] = []
+    start = 0
+    while start < n:
         rows = slice(start, min(start + batch_size, n))
-        part = posterior.sample(
+        part = _if_it_fits(
+            posterior,
             y[rows],
             {name: value[rows] for name, value in params.items()},
-            seeds=seeds[rows],
-            temperature=temperature,
+            seeds[rows],
+            temperature,
         )
+        if part is None:
+            batch_size = (rows.stop - rows.start) // 2
+            if on_smaller_batch is not None:
+                on_smaller_batch(batch_size)
+            continue
         _refuse_non_finite(part, start)
         parts.append(part)
+        start = rows.stop
         if on_progress is not None:
             on_progress(len(part))
     return torch.cat(parts)
@@ -94,6 +107,28 @@ def refreshed(sample_ids: Sequence[int], *, iteration: int, fraction: float, see
     phases = [derive_seed(seed, int(i)) / 2**63 for i in sample_ids]
     turns = torch.tensor(phases, dtype=torch.float64) + iteration * fraction
     return turns.remainder(1.0) < fraction
+
+
+def _if_it_fits(
+    posterior: Posterior,
+    y: Tensor,
+    params: Mapping[str, Tensor],
+    seeds: Sequence[int],
+    temperature: float,
+) -> Tensor | None:
+    """Draw one batch; return None if the GPU has no memory for it, but might have for less."""
+    try:
+        return posterior.sample(y, params, seeds=seeds, temperature=temperature)
+    except torch.OutOfMemoryError as error:
+        if len(y) == 1:
+            raise torch.OutOfMemoryError(
+                "the GPU has no memory for one observation, the smallest batch there is; end what "
+                f"else runs on it, take a smaller network, or work on the processor ({error})"
+            ) from error
+    # The error is gone by now, and with it the frames that held the batch.
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+    return None
 
 
 def _refuse_non_finite(x: Tensor, start: int) -> None:

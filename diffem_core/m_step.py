@@ -11,6 +11,12 @@ time to time, and can end the M-step.
 Step k draws everything (samples, operators, noises, times, dropout) from a generator seeded with
 (seed, k), so that an M-step that is interrupted and goes on from a `TrainingState` ends with the
 same bits as one that is not.
+
+Several processes can do an M-step together (`DataParallel`). All of them draw everything, dropout
+included, for the whole batch, so that their M-step is that of one process up to the order in
+which gradients are added up. Where a network draws random numbers that do not come from the
+M-step's generator (a custom one with dropout of its own), these are equal in distribution only;
+buffers that it changes while it computes are those of process 0.
 """
 
 from __future__ import annotations
@@ -24,9 +30,10 @@ import torch
 from torch import Tensor
 
 from diffem_core.augmentation import Augmentation
+from diffem_core.batch_gradient import BatchGradient
+from diffem_core.data_parallel import DataParallel
 from diffem_core.denoiser import Denoiser
 from diffem_core.examples import Batches, Examples, denoising_loss
-from diffem_core.networks.dropout import Dropout
 from diffem_core.scaling import Scaling
 from diffem_core.schedule import Schedule
 from diffem_core.seeds import derive_seed
@@ -56,6 +63,7 @@ class MStepResult:
         validation: Step (from 1) and held-out loss of every look; () without validation.
         stopped_early: Whether the held-out loss ended the M-step before its last step. The weights
             are those of the last step done, not of the lowest loss.
+        interrupted: Whether `stop` ended the M-step before its last step; it goes on from `state`.
     """
 
     weights: dict[str, Tensor]
@@ -65,6 +73,7 @@ class MStepResult:
     state: TrainingState
     validation: tuple[tuple[int, float], ...]
     stopped_early: bool
+    interrupted: bool
 
 
 def m_step(
@@ -88,6 +97,9 @@ def m_step(
     seed: int,
     state: TrainingState | None = None,
     on_step: Callable[[TrainingState], None] | None = None,
+    on_split: Callable[[int], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+    group: DataParallel | None = None,
 ) -> MStepResult:
     """Train a denoiser on reconstructions.
 
@@ -120,6 +132,17 @@ def m_step(
             without `validation` they are left aside.
         on_step: Called after every step with a live view of the state, for progress and
             checkpoints (`state.tensors()` copies it).
+        on_split: Called with the number of pieces when the memory of the device does not suffice
+            for a batch (of this process), which is computed in so many pieces from then on: the
+            same step up to the order of sums.
+        stop: Asked at every step, after `on_step`, whether to end the M-step here: it can go on
+            from the state that it returns. Among several processes, which are asked before they
+            add up their gradients, one that says so is enough, and all end after the same step; on
+            GPUs that may be up to 31 steps later.
+        group: The processes that do this M-step together, all of which call this function with the
+            same arguments, apart from `state`, `on_step`, `on_split` and `stop`; weights and state
+            are those of process 0. None for one process. If one of them raises, the others may
+            wait for it: whoever started them ends them.
 
     Returns:
         The averaged weights and the losses.
@@ -153,6 +176,8 @@ def m_step(
         done = state.step
         losses.copy_(state.losses)
         looks = state.looks if validation is not None else ()
+    if group is not None:
+        done, looks = group.share_state(optimizer, losses, done, looks)
     examples = Examples(x_hat, channel, scaling, augmentation, drop_condition)
     if recorruption == "fixed":
         examples.fix(seed)
@@ -165,13 +190,15 @@ def m_step(
             times,
             batch_size=batch_size,
             seed=seed,
+            group=group,
         )
     batches = Batches(len(x_hat), batch_size, seed)
     generator = torch.Generator(device)
-    for module in denoiser.modules():
-        if isinstance(module, Dropout):
-            module.generator = generator
+    gradient = BatchGradient(
+        denoiser, generator, gradient=optimizer.gradient, group=group, on_split=on_split
+    )
     groups = optimizer.groups()
+    interrupted = False
     watch = _Watch(every=_CUDA_CHECK if device.type == "cuda" else 1)
 
     def due(step: int) -> bool:
@@ -189,7 +216,11 @@ def m_step(
     try:
         if due(done) and (not looks or looks[-1][0] != done):
             look(done)  # The state is of an M-step without validation.
-        while done < steps and not (validation is not None and validation.enough(looks)):
+        while (
+            done < steps
+            and not interrupted
+            and not (validation is not None and validation.enough(looks))
+        ):
             step = done
             generator.manual_seed(derive_seed(seed, "m_step", step))
             with torch.no_grad():
@@ -197,21 +228,29 @@ def m_step(
                 z = torch.empty_like(x).normal_(generator=generator)
                 t = times.sample(len(x), schedule=schedule, generator=generator, device=device)
                 sigma_t = schedule.sigma(t)
-            loss = denoising_loss(denoiser, x, z, sigma_t, condition)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = gradient(x, z, sigma_t, condition)
+            if group is not None:
+                optimizer.summed[-2] = loss
+                optimizer.summed[-1] = float(stop is not None and stop())
+                group.sum_(optimizer.summed)
+                loss = optimizer.summed[-2].clone()
+                for buffer in groups.get("buffers", {}).values():
+                    group.copy_first_(buffer)
             norm = optimizer.update(step + 1, learning_rate(step))
-            losses[0] += loss.detach()
-            losses[1] = loss.detach()
+            losses[0] += loss
+            losses[1] = loss
             done = step + 1
-            watch.record(step, loss, norm, sigma_t, last=done == steps or due(done))
+            asking = () if group is None else (optimizer.summed[-1].clone(),)
+            last = done == steps or due(done)
+            interrupted = watch.record(step, loss, norm, sigma_t, *asking, last=last)
             if due(done):
                 look(done)
             if on_step is not None:
                 on_step(TrainingState(step=done, losses=losses, groups=groups, looks=looks))
+            if group is None:
+                interrupted = stop is not None and stop()
     finally:
-        for module in denoiser.modules():
-            if isinstance(module, Dropout):
-                module.generator = None
+        gradient.release()
     final = TrainingState(step=done, losses=losses, groups=groups, looks=looks)
     optimizer.release()
     denoiser.eval()
@@ -226,7 +265,8 @@ def m_step(
         steps=done,
         state=final,
         validation=looks,
-        stopped_early=done < steps,
+        stopped_early=done < steps and not interrupted,
+        interrupted=interrupted and done < steps,
     )
 
 
@@ -239,15 +279,20 @@ class _Watch:
         self._values: list[Tensor] = []
 
     def record(
-        self, step: int, loss: Tensor, norm: Tensor, sigma_t: Tensor, *, last: bool
-    ) -> None:
-        """Take one step's numbers, and look at all that were taken when it is time."""
+        self, step: int, loss: Tensor, norm: Tensor, sigma_t: Tensor, *asking: Tensor, last: bool
+    ) -> bool:
+        """Take one step's numbers, and look at all that were taken when it is time.
+
+        Returns:
+            Whether a process was seen to ask for an end (the last number, if there is one).
+        """
         self._steps.append(step)
-        self._values.append(torch.stack([loss.detach(), norm, sigma_t.amin(), sigma_t.amax()]))
+        numbers = [loss, norm, sigma_t.amin(), sigma_t.amax(), *asking]
+        self._values.append(torch.stack(numbers))
         if len(self._steps) < self.every and not last:
-            return
+            return False
         rows = torch.stack(self._values).tolist()
-        for number, (value, gradient, low, high) in zip(self._steps, rows, strict=True):
+        for number, (value, gradient, low, high, *_) in zip(self._steps, rows, strict=True):
             if not (math.isfinite(value) and math.isfinite(gradient)):
                 raise FloatingPointError(
                     f"M-step diverged at step {number}: loss {value}, gradient norm {gradient}, "
@@ -255,6 +300,7 @@ class _Watch:
                     "harder, or raise schedule.sigma_min"
                 )
         self._steps, self._values = [], []
+        return any(row[4] > 0 for row in rows if asking)
 
 
 def _check_validation(validation: Validation, x_hat: Tensor) -> None:

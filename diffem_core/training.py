@@ -135,7 +135,9 @@ class FlatAdam:
         size = sum(p.numel() for p in self.parameters.values())
         first = next(iter(self.parameters.values()))
         self.weights = torch.empty(size, dtype=first.dtype, device=first.device)
-        self.gradient = torch.zeros_like(self.weights)
+        self.summed = torch.zeros(size + 2, dtype=first.dtype, device=first.device)
+        """The gradient and two more numbers: what processes that train together add up at once."""
+        self.gradient = self.summed[:size]
         with torch.no_grad():
             weights, gradients = self._views(self.weights), self._views(self.gradient)
             for name, parameter in self.parameters.items():
@@ -175,6 +177,11 @@ class FlatAdam:
         groups = {name: self._views(flat) for name, flat in zip(_GROUPS, flats, strict=True)}
         buffers = {n: b for n, b in self.module.state_dict().items() if n not in self.parameters}
         return {**groups, "buffers": buffers} if buffers else groups
+
+    def flats(self) -> list[Tensor]:
+        """Return live views of the state as few long tensors: what processes share."""
+        buffers = self.groups().get("buffers", {})
+        return [self.weights, self.ema, self.adam_m, self.adam_v, *buffers.values()]
 
     @torch.no_grad()
     def load(self, state: TrainingState) -> None:

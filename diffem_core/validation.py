@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffem_core.data_parallel import DataParallel
 from diffem_core.denoiser import Denoiser
 from diffem_core.examples import Examples, denoising_loss
 from diffem_core.schedule import Schedule
@@ -74,6 +75,8 @@ class HeldOutLoss:
         times: Distribution of the times.
         batch_size: Reconstructions per call of the denoiser.
         seed: Seed of the M-step.
+        group: The processes that compute it together, each its part of every batch; None for one
+            process.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class HeldOutLoss:
         *,
         batch_size: int,
         seed: int,
+        group: DataParallel | None = None,
     ) -> None:
         assert examples.augmentation is None
         assert examples.drop_condition == 0
@@ -92,6 +96,7 @@ class HeldOutLoss:
         self.times = times
         self.batch_size = batch_size
         self.seed = seed
+        self.group = group
 
     @torch.no_grad()
     def __call__(self, denoiser: Denoiser) -> float:
@@ -118,8 +123,17 @@ class HeldOutLoss:
             t = self.times.sample(
                 len(x), schedule=self.schedule, generator=generator, device=device
             )
-            loss = denoising_loss(denoiser, x, z, self.schedule.sigma(t), condition)
-            total += loss.double() * len(rows)
+            sigma_t = self.schedule.sigma(t)
+            if self.group is not None:
+                own = self.group.part(len(x))
+                x, z, sigma_t = x[own], z[own], sigma_t[own]
+                condition = None if condition is None else condition[own]
+                if len(x) == 0:
+                    continue
+            loss = denoising_loss(denoiser, x, z, sigma_t, condition)
+            total += loss.double() * len(x)
+        if self.group is not None:
+            self.group.sum_(total)
         value = float(total) / n
         if not math.isfinite(value):
             raise FloatingPointError(

@@ -13,7 +13,7 @@ import threading
 __all__ = ["Cancelled", "allow", "check", "request", "requested"]
 
 
-class Cancelled(BaseException):  # noqa: N818
+class Cancelled(BaseException):
     """The work was asked to stop and stopped at a resumable point.
 
     Like KeyboardInterrupt it is no Exception, so that nothing takes it for a fault and tries

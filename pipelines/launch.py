@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import importlib
 import threading
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from pipelines.json_log import JsonReporter
 from pipelines.prefect_settings import apply_defaults, has_server
 from pipelines.progress import LineReporter, Reporter, TerminalReporter, use_reporter
+from pipelines.signals import ending_softly
 from pipelines.sources import require_source
 from pipelines.status import read_status
 from pipelines.table import Summary, print_run
@@ -21,13 +25,17 @@ from storage_schemas.objects import ObjectStore, redact_url
 from storage_schemas.run_store import RunStore
 from storage_schemas.stage_folder import now
 
-__all__ = ["RunFailed", "launch", "prepare_run"]
+__all__ = ["Interrupted", "RunFailed", "launch", "prepare_run"]
 
 _HEAVY = ("diffem_core.channel", "pipelines.stages")
 
 
 class RunFailed(RuntimeError):
     """The work failed; what is done stays done."""
+
+
+class Interrupted(RuntimeError):
+    """An end was asked for, and the run is at a resumable point."""
 
 
 def prepare_run(config: RunConfig, url: str, *, take_over: bool) -> RunStore:
@@ -86,59 +94,94 @@ def _require_free(objects: ObjectStore, take_over: bool) -> None:
             return
 
 
-def launch(config: RunConfig, url: str, *, take_over: bool = False) -> None:
+def launch(
+    config: RunConfig,
+    url: str,
+    *,
+    take_over: bool = False,
+    iterations_per_flow_run: int | None = None,
+    time_budget: timedelta | None = None,
+    json_logs: bool = False,
+) -> None:
     """Do what is left of a run, showing progress, and print its table.
 
     Arguments:
         config: The config.
         url: Where the run lives; it is created if it does not exist.
         take_over: Whether a lease that seems alive may be taken over.
+        iterations_per_flow_run: Do at most so many EM iterations.
+        time_budget: Begin no EM iteration after this time.
+        json_logs: Report progress as one JSON object per line.
 
     Raises:
         ValueError: If the caller made a mistake.
         LeaseHeld: If another process is writing the run.
+        Interrupted: If an end was asked for; the run is at a resumable point.
         RunFailed: If the work failed.
     """
     console = Console(stderr=True)
     store = prepare_run(config, url, take_over=take_over)
+    reporter: Reporter
+    if json_logs:
+        reporter = JsonReporter(console, run=store.config.name)
+    else:
+        reporter = TerminalReporter(console) if console.is_terminal else LineReporter(console)
     before = read_status(store)
     if before.state == "complete":
-        console.print(
-            f"{redact_url(store.url)} is complete; checking its objects", highlight=False
-        )
-    summary = _work(store, console, take_over=take_over)
-    print_run(read_status(RunStore.open(store.objects)), summary)
-
-
-def _work(store: RunStore, console: Console, *, take_over: bool) -> Summary:
-    reporter: Reporter = (
-        TerminalReporter(console) if console.is_terminal else LineReporter(console)
+        reporter.note(f"{redact_url(store.url)} is complete; checking its objects")
+    done = _work(
+        store,
+        reporter,
+        take_over=take_over,
+        iterations_per_flow_run=iterations_per_flow_run,
+        time_budget=time_budget,
     )
+    if not done.pop("complete"):
+        reporter.note(f"stopped: {done['reason']}; the same command goes on")
+    del done["reason"]
+    print_run(read_status(RunStore.open(store.objects)), Summary.model_validate(done))
+
+
+def _work(store: RunStore, reporter: Reporter, **limits: Any) -> dict[str, Any]:
     apply_defaults()
     # The embedded server takes seconds to start, in a process of its own: import PyTorch
     # meanwhile.
     preload = threading.Thread(target=_preload, name="diffem-preload", daemon=True)
     preload.start()
-    with use_reporter(reporter), contextlib.ExitStack() as starting:
+    with (
+        use_reporter(reporter),
+        ending_softly(),
+        contextlib.ExitStack() as starting,
+    ):
         starting.enter_context(reporter.stage("starting Prefect and PyTorch", total=None, unit=""))
+        from prefect import tags
+        from prefect.exceptions import CancelledRun, TerminationSignal
         from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
+        from pipelines.embedded_server import start_embedded_server
+
+        start_embedded_server()
+        from pipelines import watching
         from pipelines.flows import em_run
 
         # Heartbeats tell a server that outlives this process that it is alive; each costs a flow
         # run about a second at its end, for nothing where the server ends with the process.
-        settings = {} if has_server() else {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+        beat = watching.HEARTBEAT_SECONDS if has_server() else None
+        address = _address(store)
         run = em_run.with_options(
-            flow_run_name=store.config.name,
-            on_running=[lambda *_: starting.close()],
+            flow_run_name=store.config.name, on_running=[lambda *_: starting.close()]
         )
-        if (folder := _result_folder(store)) is not None:
-            run = run.with_options(result_storage=folder)
         try:
-            with temporary_settings(settings):
-                return Summary.model_validate(run(_address(store), take_over=take_over))
+            with (
+                temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: beat}),
+                tags(watching.TAG, watching.run_tag(address), store.config.name),
+            ):
+                done: dict[str, Any] = run(address, **limits)
+            return done
         except (ValueError, LeaseHeld):
             raise
+        except (CancelledRun, TerminationSignal) as error:
+            raise Interrupted(str(error)) from error
         except Exception as error:
             if "Failed to reach API" in str(error):
                 raise RunFailed(
@@ -162,9 +205,3 @@ def _address(store: RunStore) -> str:
     """Return what opens the run from any folder: it is a parameter of the flow."""
     local = store.objects.local_path
     return store.url if local is None else str(Path(local).resolve())
-
-
-def _result_folder(store: RunStore) -> Path | None:
-    """Keep Prefect's records of stages beside a local run, so that they go where it goes."""
-    local = store.objects.local_path
-    return None if local is None else Path(local).resolve() / "prefect"

@@ -13,6 +13,7 @@ from torch import Tensor
 from diffem_core.augmentation import Augmentation
 from diffem_core.rates import constant_rate, cosine_rate, linear_rate
 from diffem_core.validation import Validation
+from pipelines.runners.devices import THREADS_VARIABLE
 from storage_schemas import config as models
 
 __all__ = [
@@ -29,10 +30,20 @@ __all__ = [
 def build_device(config: models.RunnerConfig) -> torch.device:
     """Choose the device and set the number of processor threads.
 
+    Threads are those of the config, or all cores; in a worker process, those that its parent lets
+    it have, in the environment variable `DIFFEM_THREADS`.
+
+    Arguments:
+        config: Device and threads.
+
+    Returns:
+        The device.
+
     Raises:
         ValueError: If the config asks for a GPU that is not there.
     """
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    share = int(os.environ.get(THREADS_VARIABLE) or 0)
+    torch.set_num_threads(share or config.threads or os.cpu_count() or 1)
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -30,12 +30,26 @@ def run(
             help="Take the run over from an owner that seems alive but is known to be dead.",
         ),
     ] = False,
+    iterations_per_flow_run: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Do at most so many EM iterations, then stop."),
+    ] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Begin no EM iteration after this time, such as 90m."),
+    ] = None,
+    json_logs: Annotated[
+        bool,
+        typer.Option("--json-logs", help="Report progress as one JSON object per line."),
+    ] = False,
 ) -> None:
     """Start a run, or resume it where it stopped."""
     from pipelines.config_io import load_config
+    from pipelines.durations import parse_duration
 
     with mistakes_end_here():
         resolved = load_config(config, set_ or [])
+        budget = None if time_budget is None else parse_duration(time_budget)
     url = store or f"runs/{resolved.name}"
     if dry_run:
         from pipelines.plan import print_plan
@@ -43,24 +57,32 @@ def run(
         with mistakes_end_here():
             print_plan(resolved, url)
         return
-    _execute(resolved, url, take_over=take_over)
+    _execute(
+        resolved,
+        url,
+        take_over=take_over,
+        iterations_per_flow_run=iterations_per_flow_run,
+        time_budget=budget,
+        json_logs=json_logs,
+    )
 
 
-def _execute(config: RunConfig, url: str, *, take_over: bool) -> NoReturn:
+def _execute(config: RunConfig, url: str, **options: Any) -> NoReturn:
     """Create or open the run, start Prefect, and let `em_run` do the work."""
-    from pipelines.launch import RunFailed, launch
+    from pipelines.launch import Interrupted, RunFailed, launch
     from storage_schemas.lease import LeaseHeld
+    from storage_schemas.objects import redact_url
 
     try:
         with mistakes_end_here():
-            launch(config, url, take_over=take_over)
+            launch(config, url, **options)
     except LeaseHeld as error:
         say(f"diffem: {error}")
         raise typer.Exit(MISTAKE) from None
     except RunFailed as error:
         say(f"diffem: {error}")
         raise typer.Exit(FAILED) from None
-    except KeyboardInterrupt:
-        say(f"diffem: interrupted; the same command resumes {url}")
+    except (Interrupted, KeyboardInterrupt):
+        say(f"diffem: interrupted; the same command resumes {redact_url(url)}")
         raise typer.Exit(INTERRUPTED) from None
     raise typer.Exit(DONE)

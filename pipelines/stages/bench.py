@@ -19,7 +19,7 @@ from diffem_core.gaussian_prior import GaussianPrior
 from diffem_core.posterior import Posterior, PseudoInverse
 from diffem_core.scaling import Scaling
 from diffem_core.seeds import derive_seed
-from pipelines import build
+from pipelines import build, cancellation
 from pipelines.evaluation import Observed
 from pipelines.model_files import load_weights
 from pipelines.stages.feeding import spread_rows
@@ -152,7 +152,7 @@ class Bench:
         return build.build_posterior(
             self.config,
             self.channel if mmps else self.conditioning_channel,
-            self.denoiser(weights, conditional=not mmps),
+            _interruptible(self.denoiser(weights, conditional=not mmps)),
             mmps=mmps,
             covariance=covariance,
             iteration=steps_of,
@@ -171,10 +171,16 @@ class Bench:
                 return build.build_posterior(
                     self.config,
                     self.channel,
-                    self.denoiser(tensors, conditional=not mmps),
+                    _interruptible(self.denoiser(tensors, conditional=not mmps)),
                     mmps=mmps,
                     iteration=steps_of,
                 )
+
+
+def _interruptible(denoiser: Denoiser) -> Denoiser:
+    """Let sampling stop before any network call: nothing of a shard is written before its end."""
+    denoiser.register_forward_pre_hook(lambda *_: cancellation.check())
+    return denoiser
 
 
 def observed(

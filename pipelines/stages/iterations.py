@@ -10,8 +10,9 @@ import torch
 from diffem_core.e_step import e_step, refreshed
 from diffem_core.gaussian_prior import GaussianPrior
 from diffem_core.seeds import derive_seed
-from pipelines import build
-from pipelines.progress import stage
+from pipelines import build, cancellation
+from pipelines.progress import reporter, stage
+from pipelines.runners import distributed
 from pipelines.stages.bench import Bench, Json, as_arrays, observed
 from pipelines.stages.feeding import gathered, spread_rows
 from pipelines.stages.judge import announce, judge
@@ -36,6 +37,10 @@ __all__ = [
 # Reconstructions, at most, whose covariance MMPS may take.
 _COV_X_SAMPLES = 65_536
 
+# Batch size that was found to fit this process's GPU, by config and iteration: the shards after
+# the first one begin with it.
+_fitting: dict[tuple[str, int], int] = {}
+
 
 def is_complete(run_url: str, iteration: int) -> bool:
     """Tell whether an iteration is committed and follows from the model before it."""
@@ -47,7 +52,7 @@ def is_complete(run_url: str, iteration: int) -> bool:
 def lay_out_iteration(run_url: str, iteration: int) -> Json:
     """Lay out an iteration's reconstructions before the fan-out; tell which shards are missing."""
     bench = Bench.open(run_url)
-    observations = bench.store.observations("train")
+    observations = bench.store.training(iteration)
     parent = bench.model_before(iteration)
     folder = bench.store.iteration(iteration)
     plan = folder.create_reconstructions(
@@ -59,11 +64,13 @@ def lay_out_iteration(run_url: str, iteration: int) -> Json:
         units=observations.manifest.units,
         dtype=bench.config.e_step.stored_as,
     )
+    missing = folder.missing_shards(checksum=True)
     return {
         "config_digest": bench.config.digest,
         "parent_digest": parent,
         "shards": plan.shards,
-        "missing": folder.missing_shards(checksum=True),
+        "missing": missing,
+        "missing_samples": sum(stop - start for start, stop in map(plan.rows, missing)),
     }
 
 
@@ -99,6 +106,9 @@ def e_step_shard(
 
     Returns:
         The shard's checksum and whether it was found complete.
+
+    Raises:
+        Cancelled: An end was asked for; the shard is not written.
     """
     bench = Bench.open(run_url, config_digest)
     folder = bench.store.iteration(iteration)
@@ -110,7 +120,7 @@ def e_step_shard(
     began = time.perf_counter()
     config = bench.config.e_step
     rows = slice(*plan.rows(shard))
-    given = observed(bench.store.observations("train"), rows)
+    given = observed(bench.store.training(iteration), rows)
     seeds = [derive_seed(plan.seed, int(sample)) for sample in given.sample_ids]
     if iteration == 0 or config.refresh == 1:
         x_hat = torch.empty((len(given), *bench.channel.x_shape))
@@ -125,16 +135,32 @@ def e_step_shard(
             seed=bench.seed("refresh"),
         )
     name = f"iteration {iteration:03d} · E-step · shard {shard + 1}/{plan.shards}"
-    with stage(name, total=int(redrawn.sum()), unit="samples") as advance:
+    wanted, drawn = int(redrawn.sum()), 0
+    with stage(name, total=wanted, unit="samples") as advance:
+
+        def on_progress(samples: int) -> None:
+            nonlocal drawn
+            advance(samples)
+            drawn += samples
+            if drawn < wanted:  # A shard that is all drawn is written.
+                cancellation.check()
+
+        def on_smaller_batch(size: int) -> None:
+            _fitting[bench.config.digest, iteration] = size
+            reporter().note(
+                f"{name}: no memory for a larger batch, going on with batches of {size}"
+            )
+
         if redrawn.any():
             x_hat[redrawn] = e_step(
                 bench.posterior(iteration, parent_digest, annealed=True),
                 given.y[redrawn],
                 {name: value[redrawn] for name, value in given.params.items()},
                 seeds=list(itertools.compress(seeds, redrawn.tolist())),
-                batch_size=config.batch_size,
+                batch_size=_fitting.get((bench.config.digest, iteration), config.batch_size),
                 temperature=build.build_temperature(config, iteration),
-                on_progress=advance,
+                on_progress=on_progress,
+                on_smaller_batch=on_smaller_batch,
             )
     manifest = folder.write_shard(
         shard, x_hat.numpy(), seed=plan.seed, seconds=time.perf_counter() - began
@@ -146,6 +172,8 @@ def refine_model(
     run_url: str, iteration: int, config_digest: str, reconstructions_digest: str
 ) -> Json:
     """Refine the model on the reconstructions, re-corrupted, from a checkpoint if there is one.
+
+    Where the config asks for several processes, this one starts them and waits for them.
 
     Arguments:
         run_url: The run.
@@ -162,10 +190,21 @@ def refine_model(
     if found is not None:
         return {"model_digest": found.objects["model.safetensors"].sha256, "reused": True}
     config = bench.config
+    group = distributed.current_group()
+    if group is None and (workers := distributed.training_workers(config.runner)) > 1:
+        arguments = (run_url, iteration, config_digest, reconstructions_digest)
+        distributed.train_together("refine_model", arguments, config.runner, workers)
+        return {"model_digest": model_digest(run_url, iteration), "reused": False}
     mmps = config.is_mmps(iteration)
-    sample_ids = bench.store.observations("train").sample_ids.tolist()
-    learned, kept = split_rows(sample_ids, config.m_step.validation, seed=config.seed)
-    memory_gb = config.runner.memory_gb
+    training = bench.store.training(iteration)
+    sample_ids = training.sample_ids.tolist()
+    learned, kept = split_rows(
+        sample_ids,
+        config.m_step.validation,
+        seed=config.seed,
+        sizes=training.sizes,
+    )
+    memory_gb = config.runner.memory_gb / (1 if group is None else group.size)
     with (
         gathered(folder, learned, memory_gb=memory_gb) as x_hat,
         gathered(folder, kept, memory_gb=memory_gb) as held_out,
@@ -188,7 +227,10 @@ def refine_model(
                 augmentation=build.build_augmentation(config.m_step),
                 validation=build.build_validation(config.m_step, held_out),
             ),
+            group,
         )
+    if group is not None and group.rank > 0:
+        return {}  # The first process writes.
     kind = "unconditional denoiser" if mmps else "conditional denoiser"
     weights = as_arrays(trained.result.weights)
     model = folder.write_tensors("model", weights, {"kind": kind})

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from diffem_core.augmentation import Augmentation
 from diffem_core.channel import Channel
+from diffem_core.data_parallel import DataParallel
 from diffem_core.denoiser import Denoiser
 from diffem_core.m_step import MStepResult, m_step
 from diffem_core.seeds import derive_seed
 from diffem_core.training import TrainingState
 from diffem_core.validation import Validation
-from pipelines import build
-from pipelines.progress import stage
+from pipelines import build, cancellation
+from pipelines.progress import reporter, stage
 from pipelines.stages.bench import Bench, as_arrays, as_tensors
 from storage_schemas.config import ValidationConfig
 from storage_schemas.manifests import ObjectRecord
@@ -71,7 +72,12 @@ class Trained:
 
 
 def train(
-    bench: Bench, folder: StageFolder, denoiser: Denoiser, x_hat: Tensor, plan: Plan
+    bench: Bench,
+    folder: StageFolder,
+    denoiser: Denoiser,
+    x_hat: Tensor,
+    plan: Plan,
+    group: DataParallel | None = None,
 ) -> Trained:
     """Train a denoiser, from the folder's checkpoint if that belongs to this training.
 
@@ -81,25 +87,40 @@ def train(
         denoiser: Trained in place.
         x_hat: Reconstructions, shape (n, *x_shape), in data units.
         plan: How.
+        group: The processes that train together, of which the first alone reads the checkpoint
+            and writes; None for one process.
 
     Returns:
         What it left; the checkpoint is still there.
+
+    Raises:
+        Cancelled: An end was asked for; the checkpoint holds all steps that were done.
     """
     config = bench.config.m_step
-    state, seconds_before = _checkpoint(folder, plan.parent_digest)
+    leads = group is None or group.rank == 0
+    state, seconds_before = _checkpoint(folder, plan.parent_digest) if leads else (None, 0.0)
     done = 0 if state is None else state.step
     began = last = time.perf_counter()
 
     with stage(plan.title, total=plan.steps, unit="steps", done=done) as advance:
 
-        def on_step(live: TrainingState) -> None:
+        def write_checkpoint(live: TrainingState) -> None:
             nonlocal last
+            seconds = seconds_before + time.perf_counter() - began
+            metadata = {"parent": plan.parent_digest, "seconds": seconds}
+            folder.write_checkpoint(as_arrays(live.tensors()), metadata)
+            last = time.perf_counter()
+
+        def on_step(live: TrainingState) -> None:
             advance(1)
-            if time.perf_counter() - last >= config.checkpoint_seconds and live.step < plan.steps:
-                seconds = seconds_before + time.perf_counter() - began
-                metadata = {"parent": plan.parent_digest, "seconds": seconds}
-                folder.write_checkpoint(as_arrays(live.tensors()), metadata)
-                last = time.perf_counter()
+            due = time.perf_counter() - last >= config.checkpoint_seconds
+            if due and live.step < plan.steps:
+                write_checkpoint(live)
+
+        def on_split(pieces: int) -> None:
+            reporter().note(
+                f"{plan.title}: no memory for a whole batch, going on in {pieces} pieces"
+            )
 
         result = m_step(
             denoiser,
@@ -120,8 +141,20 @@ def train(
             validation=plan.validation,
             seed=plan.seed,
             state=state,
-            on_step=on_step,
+            on_step=on_step if leads else None,
+            on_split=on_split,
+            # After the last step the model itself is written, which is as good a point to stop at.
+            stop=lambda: cancellation.requested() is not None,
+            group=group,
         )
+        if result.interrupted:
+            if leads:
+                write_checkpoint(result.state)
+            if group is not None:
+                group.wait()  # Whoever sees one of these processes end may end the others.
+            raise cancellation.Cancelled(
+                cancellation.requested() or "another process of this training was asked to end"
+            )
     told = {
         "mean": result.mean_loss,
         "last": result.last_loss,
@@ -129,34 +162,44 @@ def train(
         "stopped_early": result.stopped_early,
         "validation": [list(look) for look in result.validation],
     }
+    losses = f"{json.dumps(told)}\n".encode()
     return Trained(
         result=result,
-        losses=folder.write_bytes("losses.json", f"{json.dumps(told)}\n".encode()),
+        losses=folder.write_bytes("losses.json", losses) if leads else ObjectRecord.of(losses),
         seconds=seconds_before + time.perf_counter() - began,
         reused=done,
     )
 
 
 def split_rows(
-    sample_ids: Sequence[int], config: ValidationConfig | None, *, seed: int
+    sample_ids: Sequence[int],
+    config: ValidationConfig | None,
+    *,
+    seed: int,
+    sizes: Sequence[int] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Split reconstructions into those that are learned from and those that are kept out.
 
-    The same observations are kept out in every iteration, since their ids decide.
+    The same observations are kept out in every iteration, since their ids decide; of those that
+    came later, the same fraction.
 
     Arguments:
         sample_ids: Ids of the observations.
         config: What to keep out; None keeps nothing out.
         seed: Seed of the split.
+        sizes: How many of them came together, in order; all at once by default.
 
     Returns:
         Rows to learn from and rows that are kept out, rising.
     """
-    n = len(sample_ids)
-    kept = np.zeros(n, bool)
-    if config is not None:
-        order = sorted(range(n), key=lambda row: derive_seed(seed, "validation", sample_ids[row]))
-        kept[order[: min(max(1, round(config.fraction * n)), n - 1)]] = True
+    kept = np.zeros(len(sample_ids), bool)
+    start = 0
+    for n in sizes or [len(sample_ids)]:
+        rows = range(start, start + n)
+        start += n
+        if config is not None:
+            order = sorted(rows, key=lambda row: derive_seed(seed, "validation", sample_ids[row]))
+            kept[order[: min(max(1, round(config.fraction * n)), n - 1)]] = True
     return np.flatnonzero(~kept), np.flatnonzero(kept)
 
 

@@ -1,0 +1,127 @@
+"""The gradient of a batch's loss: of a part of the batch, and in pieces where memory is short.
+
+    L = sum_j (n_j / n) L_j         over the pieces j of a batch of n
+
+With the random numbers of the whole batch drawn before, the pieces' gradients add up to that of
+the batch, up to the order of the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diffem_core.data_parallel import DataParallel, parts_of
+from diffem_core.denoiser import Denoiser
+from diffem_core.examples import denoising_loss
+from diffem_core.networks.dropout import Dropout
+
+__all__ = ["BatchGradient"]
+
+
+class BatchGradient:
+    """Computes the loss of this process's part of a batch and adds its gradient.
+
+    Where the memory of the device does not suffice, the part is computed in two pieces, then in
+    four, and so on; later batches begin with as many pieces.
+
+    Arguments:
+        denoiser: Its gradients are added to.
+        generator: What its dropout draws from. Every piece draws the numbers of the whole batch
+            and takes its own, so that dropout does not depend on the pieces.
+        gradient: The buffer that the gradients live in; zero between steps.
+        group: The processes that share the batch; None for one process.
+        on_split: Called with the new number of pieces.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        generator: torch.Generator,
+        *,
+        gradient: Tensor,
+        group: DataParallel | None,
+        on_split: Callable[[int], None] | None,
+    ) -> None:
+        self.denoiser = denoiser
+        self.generator = generator
+        self.gradient = gradient
+        self.group = group
+        self.on_split = on_split
+        self.pieces = 1
+        self._dropouts = [m for m in denoiser.modules() if isinstance(m, Dropout)]
+        for dropout in self._dropouts:
+            dropout.generator = generator
+
+    def __call__(self, x: Tensor, z: Tensor, sigma_t: Tensor, condition: Tensor | None) -> Tensor:
+        """Add the gradient of this process's part of the loss of a batch.
+
+        Arguments:
+            x: Clean samples of the whole batch, of shape (n, ...), in network units.
+            z: Standard normal noise of the same shape.
+            sigma_t: Noise levels of shape (n,).
+            condition: What the network sees of the observations, or None.
+
+        Returns:
+            The part's share of the mean loss, of shape (); the sum over processes is the mean.
+
+        Raises:
+            torch.OutOfMemoryError: The memory does not suffice for a single sample.
+        """
+        rows = slice(0, len(x)) if self.group is None else self.group.part(len(x))
+        drawn = self.generator.get_state()
+        while True:
+            # The frames of a failed attempt hold its activations; they are gone after the return.
+            loss = self._attempt(x, z, sigma_t, condition, rows, drawn)
+            if loss is not None:
+                return loss
+            self.gradient.zero_()
+            if x.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.pieces *= 2
+            if self.on_split is not None:
+                self.on_split(self.pieces)
+
+    def release(self) -> None:
+        """Leave the denoiser's dropout as it was."""
+        for dropout in self._dropouts:
+            dropout.generator, dropout.rows = None, None
+
+    def _attempt(
+        self,
+        x: Tensor,
+        z: Tensor,
+        sigma_t: Tensor,
+        condition: Tensor | None,
+        rows: slice,
+        drawn: Tensor,
+    ) -> Tensor | None:
+        n = len(x)
+        parts = parts_of(rows, self.pieces)
+        total = torch.zeros((), dtype=x.dtype, device=x.device)
+        try:
+            for part in parts:
+                if len(parts) > 1:
+                    self.generator.set_state(drawn)
+                for dropout in self._dropouts:
+                    dropout.rows = None if part == slice(0, n) else (part, n)
+                loss = denoising_loss(
+                    self.denoiser,
+                    x[part],
+                    z[part],
+                    sigma_t[part],
+                    None if condition is None else condition[part],
+                )
+                if part == slice(0, n):
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    return loss.detach()
+                loss = loss * ((part.stop - part.start) / n)
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+        except torch.OutOfMemoryError:
+            if all(part.stop - part.start == 1 for part in parts):
+                raise
+            return None
+        return total

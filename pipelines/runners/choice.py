@@ -1,0 +1,52 @@
+"""Runner config to what carries out its work: devices of this machine, or a Ray cluster."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, assert_never
+
+from storage_schemas.config import LocalRunner, RayRunner
+from storage_schemas.config import RunnerConfig as Config
+
+__all__ = ["open_runner", "shard_resources", "task_runner"]
+
+
+def open_runner(config: Config) -> AbstractContextManager[Any]:
+    """Return a context in which the devices of this machine are ready for stages."""
+    match config:
+        case LocalRunner():
+            from pipelines.runners.devices import open_devices
+
+            return open_devices(config)
+        case RayRunner():
+            return nullcontext()
+    assert_never(config)
+
+
+def task_runner(config: Config) -> Any:
+    """Return the Prefect task runner that maps shards."""
+    match config:
+        case LocalRunner():
+            from prefect.task_runners import ThreadPoolTaskRunner
+
+            from pipelines.runners.devices import current
+
+            pool = current()
+            return ThreadPoolTaskRunner(max_workers=1 if pool is None else pool.size)
+        case RayRunner():
+            from pipelines.runners.ray import build_ray_task_runner
+
+            return build_ray_task_runner(config)
+    assert_never(config)
+
+
+def shard_resources(config: Config) -> AbstractContextManager[Any]:
+    """Return a context in which tasks are submitted with the resources that a shard takes."""
+    match config:
+        case LocalRunner():
+            return nullcontext()
+        case RayRunner():
+            from pipelines.runners.ray import shard_resources as resources
+
+            return resources(config)
+    assert_never(config)
