@@ -59,15 +59,25 @@ class StorePlan(Record):
     mb: PositiveFloat
     """Numbers, before compression."""
     objects: PositiveInt
-    """Objects: as many requests write them, and read them whole."""
+    """Objects that hold the observations."""
     object_mb: PositiveFloat
-    """Numbers in one object, before compression: what a writer holds in memory."""
+    """Numbers in one of them, before compression."""
     inner_chunks_per_object: PositiveInt
-    """Parts of an object that can be read on their own."""
+    """Parts of an object that are compressed and checked on their own."""
+    write_requests: PositiveInt
+    """Objects in all, ids, split, metadata and seal included: each is written by one request."""
+    read_requests: PositiveInt
+    """Requests of a reader of all observations, one object at a time."""
+    minibatch_requests: PositiveFloat
+    """Objects, of so many requests, that 256 random samples lie in on average."""
+    minibatch_mb: PositiveFloat
+    """Numbers that are decoded for such a minibatch, since objects are read whole."""
+    writer_mb: PositiveFloat
+    """What a writer holds: an object's samples, collected, and twice encoded."""
 
 
 def measure_store(
-    url: str, *, samples: int, x_shape: tuple[int, ...], minibatches: int = 10
+    url: str, *, samples: int, x_shape: tuple[int, ...], minibatches: int = 3
 ) -> StoreSpeed:
     """Write images to an empty place, and read them.
 
@@ -142,15 +152,25 @@ def plan_store(*, samples: int, x_shape: tuple[int, ...]) -> StorePlan:
         samples: How many.
         x_shape: Shape (C, H, W) of one.
     """
-    array = _layout(samples, x_shape).arrays["observation"]
+    layout = _layout(samples, x_shape)
+    array = layout.arrays["observation"]
     width = 4e-6 * math.prod(x_shape)
+    objects = math.ceil(samples / array.object_rows)
+    small = len(layout.arrays) - 1  # ids and split: one object each
+    touched = objects * (1 - (1 - 1 / objects) ** _BATCH)
     return StorePlan(
         samples=samples,
         x_shape=x_shape,
         mb=samples * width,
-        objects=math.ceil(samples / array.object_rows),
+        objects=objects,
         object_mb=array.object_rows * width,
         inner_chunks_per_object=array.object_rows // array.chunks[0],
+        write_requests=objects + small + len(layout.arrays) + len(layout.groups) + 1,
+        # The seal; metadata and object of the ids; metadata of the observations.
+        read_requests=objects + 4,
+        minibatch_requests=touched,
+        minibatch_mb=touched * array.object_rows * width,
+        writer_mb=3 * array.object_rows * width,
     )
 
 

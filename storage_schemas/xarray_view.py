@@ -2,12 +2,19 @@
 
     /                        attributes: name, config digest, code version
     /observations            observation(sample, ...), split; params and truth below it
+    /generations/001         observation(sample, ...) of those that came later
     /start                   the start's numbers, scalars
     /metrics                 every number of the table over `em_iteration`
     /iterations/000          x_hat(sample, ...)
 
 Values are read when they are asked for. What has yet to be drawn reads as NaN; `complete` among
 the attributes of an iteration says whether that can be.
+
+Zarr reads ten objects at a time, by a setting of the whole process that is looked up at every
+reading, so that opening cannot choose it. From a bucket that answers slowly, more may pay:
+
+    with zarr.config.set({"async.concurrency": 64}):
+        tree["iterations/000/x_hat"].load()
 """
 
 from __future__ import annotations
@@ -17,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
+from storage_schemas.generations import generation_folder
 from storage_schemas.iteration_store import IterationStore
 from storage_schemas.metrics import Metrics
 from storage_schemas.objects import ObjectStore
@@ -60,6 +68,9 @@ def open_run(url: str | ObjectStore) -> xr.DataTree:
             nodes["/observations/params"] = _group(store.objects, FOLDER, "params")
         if seal.truth or seal.labels:
             nodes["/observations/truth"] = _group(store.objects, FOLDER, "truth")
+    for number in range(1, len(store.generations())):
+        folder = generation_folder(number)
+        nodes[f"/{folder}"] = _group(store.objects, f"{folder}/{FOLDER}")
     start = store.start().metrics()
     if start is not None:
         nodes["/start"] = xr.Dataset(

@@ -1,35 +1,87 @@
-"""`diffem bench storage`: codecs, stores and memory, measured here and now."""
+"""`diffem bench storage`: codecs, stores, memory and feeding, measured here and now.
+
+Every store is written and read in a process of its own, whose peak memory is told as well.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from pydantic import NonNegativeFloat, PositiveFloat
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
+from pipelines.bench.loopback_s3 import loopback_s3
 from storage_schemas._base import Record
 from storage_schemas.benchmark import CodecSpeed, measure_codecs, noisy_images
-from storage_schemas.store_benchmark import StorePlan, StoreSpeed, measure_store, plan_store
+from storage_schemas.errors import StoreFailed
+from storage_schemas.store_benchmark import StorePlan, StoreSpeed, plan_store
 
-__all__ = ["StorageBenchmark", "bench_storage", "print_storage"]
+__all__ = ["FeedingSpeed", "StorageBenchmark", "StoreRun", "bench_storage", "measured_alone"]
 
 _STORES = ((1_797, (1, 8, 8)), (50_000, (3, 32, 32)))
 _PLAN = (1_000_000, (3, 64, 64))
 _MEMORY = (5_000, 50_000)
+_FEEDS: tuple[dict[str, Any], ...] = (
+    {"samples": 1_547, "x_shape": (1, 8, 8), "channels": (32, 64), "steps": 30},
+    {"samples": 50_000, "x_shape": (3, 32, 32), "channels": (32, 64), "steps": 10},
+)
 
+# A process inherits the peak of the one that started it in `ru_maxrss`, but not in /proc.
 _PROBE = """
-import resource, sys
-from storage_schemas.store_benchmark import measure_store
-samples = int(sys.argv[2])
-if samples:
-    measure_store(sys.argv[1], samples=samples, x_shape=(3, 32, 32), minibatches=1)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+import json, pathlib, resource, sys
+given = json.loads(sys.argv[1])
+given["x_shape"] = tuple(given["x_shape"])
+if given.pop("what") == "store":
+    from storage_schemas.store_benchmark import measure_store
+    result = measure_store(given.pop("url"), **given)
+else:
+    from pipelines.bench.feeding import measure_feeding
+    given["channels"] = tuple(given["channels"])
+    result = measure_feeding(pathlib.Path(given.pop("url")), **given)
+try:
+    text = pathlib.Path("/proc/self/status").read_text()
+    peak = int(text.partition("VmHWM:")[2].split()[0]) / 1024
+except (OSError, IndexError):
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps({"result": result.model_dump(mode="json"), "peak_mb": peak}))
 """
+
+
+class StoreRun(Record):
+    """One store, written and read."""
+
+    speed: StoreSpeed
+    """How fast."""
+    peak_mb: PositiveFloat
+    """Peak memory of the process that did it."""
+    requests: PositiveInt | None
+    """Requests that the server on loopback has noted; None elsewhere."""
+
+
+class FeedingSpeed(Record):
+    """What one training does."""
+
+    samples: PositiveInt
+    """Reconstructions."""
+    x_shape: tuple[PositiveInt, ...]
+    """Shape of one."""
+    mb: PositiveFloat
+    """All of them."""
+    memory_step_ms: PositiveFloat
+    """One gradient step, from memory; the best turn."""
+    file_step_ms: PositiveFloat
+    """One gradient step, through the mapped scratch file; the best turn."""
+    memory_waiting: NonNegativeFloat
+    """Share of all steps' time in which a batch was fetched from memory."""
+    file_waiting: NonNegativeFloat
+    """Share of all steps' time in which a batch was fetched from the mapped file."""
 
 
 class StorageBenchmark(Record):
@@ -37,7 +89,7 @@ class StorageBenchmark(Record):
 
     codecs: tuple[CodecSpeed, ...]
     """One shard in memory, by codec."""
-    stores: tuple[StoreSpeed, ...]
+    stores: tuple[StoreRun, ...]
     """Stores, written and read."""
     plan: StorePlan
     """A large store, from its layout alone."""
@@ -45,79 +97,104 @@ class StorageBenchmark(Record):
     """Peak memory of a process that writes and reads 5,000 and 50,000 samples of 3 x 32 x 32."""
     growth: NonNegativeFloat
     """The second of these over the first."""
+    feeding: tuple[FeedingSpeed, ...]
+    """Training from memory and through a mapped file."""
 
 
-def bench_storage(url: str | None = None) -> StorageBenchmark:
-    """Measure codecs, stores and memory.
+def bench_storage(url: str | None = None, *, s3: bool = False) -> StorageBenchmark:
+    """Measure codecs, stores, memory and feeding.
 
     Arguments:
         url: Where the stores are written, below folders of their own, and left; a temporary
             folder, which is removed, by default.
+        s3: Measure them on an S3 server on loopback as well, which is started for it.
+
+    Raises:
+        ValueError: What the server needs is not installed, or there is something at the URL.
+        StoreFailed: A measurement ended with an error.
     """
-    with tempfile.TemporaryDirectory(prefix="diffem-bench-") as folder:
-        base = url or folder
-        stores = tuple(
-            measure_store(f"{base}/{samples}", samples=samples, x_shape=shape)
-            for samples, shape in _STORES
-        )
-        peaks = tuple(_peak(str(Path(folder) / f"memory-{n}"), n) for n in _MEMORY)
+    with tempfile.TemporaryDirectory(prefix="diffem-bench-") as name, contextlib.ExitStack() as on:
+        folder = Path(name)
+        server = on.enter_context(loopback_s3(folder)) if s3 else None
+        stores = [_store(f"{url or folder / 'stores'}/{n}", n, shape) for n, shape in _STORES]
+        if server is not None:
+            for samples, shape in _STORES:
+                before = server.requests()
+                place = f"{server.url}/{samples}"
+                run = _store(place, samples, shape, environment=server.environment)
+                made = server.requests() - before
+                stores.append(run.model_copy(update={"requests": made}))
+        peaks = [
+            _store(str(folder / f"memory-{n}"), n, (3, 32, 32), minibatches=1).peak_mb
+            for n in _MEMORY
+        ]
+        feeding = [
+            FeedingSpeed.model_validate(
+                measured_alone("feeding", str(folder / f"feed-{number}"), **given)["result"]
+            )
+            for number, given in enumerate(_FEEDS)
+        ]
     return StorageBenchmark(
         codecs=tuple(measure_codecs(noisy_images(1000))),
-        stores=stores,
+        stores=tuple(stores),
         plan=plan_store(samples=_PLAN[0], x_shape=_PLAN[1]),
         peak_mb=(peaks[0], peaks[1]),
         growth=peaks[1] / peaks[0],
+        feeding=tuple(feeding),
     )
 
 
-def print_storage(result: StorageBenchmark) -> None:
-    """Print the tables for people."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=120)
-    table = Table(box=box.SIMPLE_HEAD, title="Codecs, one shard in memory", title_justify="left")
-    for heading in ("codec", "ratio", "write MB/s", "read MB/s"):
-        table.add_column(heading, justify="left" if heading == "codec" else "right")
-    for codec in result.codecs:
-        table.add_row(
-            codec.codec,
-            f"{codec.ratio:.2f}",
-            f"{codec.write_mb_s:,.0f}",
-            f"{codec.read_mb_s:,.0f}",
-        )
-    console.print(table)
-    table = Table(box=box.SIMPLE_HEAD, title="Stores", title_justify="left")
-    headings = ("samples", "MB", "objects", "ratio", "write MB/s", "read MB/s", "minibatches/s")
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for store in result.stores:
-        shape = " x ".join(map(str, store.x_shape))
-        table.add_row(
-            f"{store.samples:,} of {shape}",
-            f"{store.mb:,.1f}",
-            f"{store.objects}",
-            f"{store.ratio:.2f}",
-            f"{store.write_mb_s:,.0f}",
-            f"{store.read_mb_s:,.0f}",
-            f"{store.minibatches_s:,.1f}",
-        )
-    console.print(table)
-    plan = result.plan
-    console.print(
-        f"{plan.samples:,} samples of {' x '.join(map(str, plan.x_shape))}: {plan.mb:,.0f} MB in "
-        f"{plan.objects:,} objects of {plan.object_mb:.1f} MB, each of "
-        f"{plan.inner_chunks_per_object} chunks\n"
-        f"peak memory: {result.peak_mb[0]:,.0f} MB for 5,000 samples, {result.peak_mb[1]:,.0f} MB "
-        f"for 50,000: {result.growth:.2f} times",
-        highlight=False,
-    )
+def measured_alone(
+    what: str, url: str, *, environment: Mapping[str, str] | None = None, **given: object
+) -> dict[str, Any]:
+    """Measure in a process of its own.
 
+    Arguments:
+        what: `store` or `feeding`.
+        url: Where.
+        environment: The process's environment; this one's by default.
+        given: Keyword arguments of `measure_store` or `measure_feeding`.
 
-def _peak(url: str, samples: int) -> float:
-    """Return the peak memory, in MB, of a process of its own."""
-    result = subprocess.run(
-        [sys.executable, "-c", _PROBE, url, str(samples)],
+    Returns:
+        Its `result`, and `peak_mb`.
+
+    Raises:
+        ValueError: The process says that the caller was mistaken.
+        StoreFailed: It ended otherwise than well.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _PROBE, json.dumps({"what": what, "url": url, **given})],
+        env=dict(environment or os.environ),
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    return float(result.stdout)
+    if done.returncode != 0:
+        last = (done.stderr.strip() or "it left no message").splitlines()[-1]
+        kind, colon, text = last.partition(": ")
+        if colon and kind.rpartition(".")[2] in ("ValueError", "UnusableStore"):
+            raise ValueError(text)
+        raise StoreFailed(f"measuring {what} failed ({last}); see whether the store works")
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def _store(
+    url: str,
+    samples: int,
+    x_shape: tuple[int, ...],
+    *,
+    environment: Mapping[str, str] | None = None,
+    minibatches: int = 3,
+) -> StoreRun:
+    found = measured_alone(
+        "store",
+        url,
+        environment=environment,
+        samples=samples,
+        x_shape=x_shape,
+        minibatches=minibatches,
+    )
+    return StoreRun(
+        speed=StoreSpeed.model_validate(found["result"]), peak_mb=found["peak_mb"], requests=None
+    )

@@ -71,6 +71,14 @@ def ingest(
     holdout: Annotated[
         str, typer.Option(metavar="N", help="Samples kept for evaluation: a number or a fraction.")
     ] = "0.1",
+    append: Annotated[
+        bool,
+        typer.Option(
+            "--append",
+            help="Add to the observations that are there, for training only; runs with "
+            "data.follow: true pick them up at their next iteration.",
+        ),
+    ] = False,
     seed: Annotated[
         int | None,
         typer.Option(help="Seed of the choice of held-out samples.  [default: 0, or CONFIG's]"),
@@ -94,6 +102,11 @@ def ingest(
     )
 
     with mistakes_end_here():
+        if append and holdout != "0.1":
+            raise IngestError(
+                "--holdout is given but what is added is for training only: the held-out samples "
+                "are those of the first ingest; leave it out"
+            )
         if corrupt is not None and seed is not None:
             raise IngestError("--seed is given but the seed is CONFIG's; leave one out")
         request = IngestRequest(
@@ -107,6 +120,7 @@ def ingest(
             x_shape=None if x_shape is None else parse_shape(x_shape),
             channels_last=channels_last,
             holdout=parse_holdout(holdout),
+            append=append,
             seed=seed or 0,
             limit=limit,
             units=units,
@@ -129,14 +143,16 @@ def _ingested(request: IngestRequest) -> IngestSummary:
     """Ingest with a progress bar on standard error."""
     from rich.console import Console
 
+    from pipelines.ingest.memory import return_large_blocks
     from pipelines.ingest.write import ingest
     from pipelines.progress import LineReporter, TerminalReporter, use_reporter
 
     console = Console(stderr=True)
     reporter = TerminalReporter(console) if console.is_terminal else LineReporter(console)
+    return_large_blocks()
     try:
         with use_reporter(reporter):
             return ingest(request)
     except KeyboardInterrupt:
-        say("diffem: interrupted; nothing counts until the end: the same command begins anew")
+        say("diffem: interrupted; the same command goes on where this one stopped")
         raise typer.Exit(INTERRUPTED) from None

@@ -6,6 +6,8 @@
 | `arrays`, `images`, `datasets` | the sources |
 | `opening` | which source a path or URL is |
 | `request`, `roles` | what was asked for; which array is what |
-| `write` | blocks, checked and converted, into the store |
+| `blocks` | blocks of samples: read, checked, converted, corrupted |
+| `write` | ... into the store; going on where an ingest was interrupted |
+| `memory` | giving back to the system what a process no longer needs |
 | `stored` | reading it back for a run |
 """

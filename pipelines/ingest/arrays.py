@@ -7,6 +7,7 @@ read as streams, with NumPy's own reader of the header. A Zarr array is read in 
 from __future__ import annotations
 
 import contextlib
+import io
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,10 +95,10 @@ class _MappedArray(RowArray):
                 "numpy.save"
             ) from None
 
-    def pieces(self, rows: int, stop: int) -> Iterator[NDArray[Any]]:
-        for start in range(0, stop, rows):
+    def pieces(self, rows: int, stop: int, start: int = 0) -> Iterator[NDArray[Any]]:
+        for first in range(start, stop, rows):
             # Mapped anew for each piece: pages that were read would otherwise stay in memory.
-            yield np.array(self._mapped()[start : min(stop, start + rows)])
+            yield np.array(self._mapped()[first : min(stop, first + rows)])
 
 
 class _StreamedArray(RowArray):
@@ -108,18 +109,20 @@ class _StreamedArray(RowArray):
             shape, dtype = self._header(name, file)
         super().__init__(name, shape, dtype)
 
-    def pieces(self, rows: int, stop: int) -> Iterator[NDArray[Any]]:
+    def pieces(self, rows: int, stop: int, start: int = 0) -> Iterator[NDArray[Any]]:
         width = self.dtype.itemsize * int(np.prod(self.shape[1:]))
         with self._opened(self.name) as file:
             self._header(self.name, file)
-            for start in range(0, stop, rows):
-                count = min(rows, stop - start)
+            with _readable(self._url):
+                _skip(file, start * width)
+            for first in range(start, stop, rows):
+                count = min(rows, stop - first)
                 with _readable(self._url):
                     data = _read_exactly(file, count * width)
                 if len(data) < count * width:
                     raise IngestError(
                         f"{redact_url(self._url)}: {self.name!r} ends in sample "
-                        f"{start + len(data) // max(1, width)} of {self.shape[0]}; the file is "
+                        f"{first + len(data) // max(1, width)} of {self.shape[0]}; the file is "
                         "not whole, write it again"
                     )
                 yield np.frombuffer(data, self.dtype).reshape(count, *self.shape[1:])
@@ -168,21 +171,33 @@ class _ZarrArray(RowArray):
         super().__init__(name, tuple(array.shape), np.dtype(array.dtype))
         self._array = array
 
-    def pieces(self, rows: int, stop: int) -> Iterator[NDArray[Any]]:
+    def pieces(self, rows: int, stop: int, start: int = 0) -> Iterator[NDArray[Any]]:
         chunk = (self._array.shards or self._array.chunks)[0]
         width = self.dtype.itemsize * int(np.prod(self.shape[1:]))
         # A chunk is decoded whole for each read of a part of it.
         if chunk * width <= _LARGEST_PIECE:
             rows = max(chunk, rows - rows % chunk)
-        for start in range(0, stop, rows):
+        while start < stop:
+            end = min(stop, start - start % rows + rows)
             try:
-                yield np.asarray(self._array[start : min(stop, start + rows)])
+                piece = np.asarray(self._array[start:end])
             except Exception as error:  # each codec and cloud library has exceptions of its own
                 raise IngestError(
                     f"the Zarr array {self.name!r} cannot be read from sample {start} on "
                     f"({type(error).__name__}: {error}); repair it, or leave the samples out with "
                     "--limit"
                 ) from error
+            yield piece
+            start = end
+
+
+def _skip(file: IO[bytes], size: int) -> None:
+    """Go on by `size` bytes, by reading where that is the only way."""
+    if file.seekable():
+        file.seek(size, io.SEEK_CUR)
+        return
+    while size and (part := file.read(min(size, _LARGEST_PIECE))):
+        size -= len(part)
 
 
 def _read_exactly(file: IO[bytes], size: int) -> bytes:

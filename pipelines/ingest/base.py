@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +35,8 @@ class RowArray(ABC):
     """Whether the source itself puts the bands of images first."""
 
     @abstractmethod
-    def pieces(self, rows: int, stop: int) -> Iterator[NDArray[Any]]:
-        """Yield the first `stop` rows in order, in pieces of about `rows`.
+    def pieces(self, rows: int, stop: int, start: int = 0) -> Iterator[NDArray[Any]]:
+        """Yield the rows from `start` to before `stop` in order, in pieces of about `rows`.
 
         Raises:
             IngestError: They cannot be read.
@@ -63,6 +63,8 @@ class Source:
     """The array of classes, where the source knows it."""
     value_range: tuple[float, float] | None = None
     """The values of black and white, where the source knows them."""
+    state: Callable[[], str | None] = lambda: None
+    """Returns a digest that differs once the source has changed; None where that is not known."""
 
 
 def recut(pieces: Iterable[NDArray[Any]], rows: int) -> Iterator[NDArray[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,7 +142,16 @@ def open_bundled(name: str, corruption: RunConfig | None) -> Source:
         clean=True,
         label=None if samples.label is None else "label",
         value_range=config.value_range,
+        state=lambda: _content(samples.x, samples.label),
     )
+
+
+def _content(*arrays: NDArray[Any] | None) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        if array is not None:
+            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 class _Variable(RowArray):
@@ -149,13 +159,13 @@ class _Variable(RowArray):
         super().__init__(name, tuple(variable.shape), np.dtype(variable.dtype))
         self._variable = variable
 
-    def pieces(self, rows: int, stop: int) -> Iterator[NDArray[Any]]:
-        for start in range(0, stop, rows):
+    def pieces(self, rows: int, stop: int, start: int = 0) -> Iterator[NDArray[Any]]:
+        for first in range(start, stop, rows):
             try:
-                yield np.asarray(self._variable[start : min(stop, start + rows)].values)
+                yield np.asarray(self._variable[first : min(stop, first + rows)].values)
             except (OSError, RuntimeError) as error:
                 raise IngestError(
-                    f"the variable {self.name!r} cannot be read from sample {start} on ({error}); "
+                    f"the variable {self.name!r} cannot be read from sample {first} on ({error}); "
                     "check that the file is whole"
                 ) from error
 
@@ -167,14 +177,14 @@ class _Column(RowArray):
         super().__init__(name, (len(table), *first.shape), first.dtype)
         self.bands_first = first.ndim == 3 and not isinstance(table[0][name], list)
 
-    def pieces(self, rows: int, stop: int) -> Iterator[NDArray[Any]]:
-        for start in range(0, stop, rows):
-            values = self._table[start : min(stop, start + rows)][self.name]
-            arrays = [self._array(v, start + i, self.name) for i, v in enumerate(values)]
+    def pieces(self, rows: int, stop: int, start: int = 0) -> Iterator[NDArray[Any]]:
+        for first in range(start, stop, rows):
+            values = self._table[first : min(stop, first + rows)][self.name]
+            arrays = [self._array(v, first + i, self.name) for i, v in enumerate(values)]
             for i, array in enumerate(arrays):
                 if array.shape != self.shape[1:]:
                     raise IngestError(
-                        f"sample {start + i}: {self.name!r} has shape {array.shape} but sample 0 "
+                        f"sample {first + i}: {self.name!r} has shape {array.shape} but sample 0 "
                         f"has {self.shape[1:]}; make all samples alike"
                     )
             yield np.stack(arrays)
@@ -199,6 +209,6 @@ class _InMemory(RowArray):
         super().__init__(name, array.shape, array.dtype)
         self._array = array
 
-    def pieces(self, rows: int, stop: int) -> Iterator[NDArray[Any]]:
-        for start in range(0, stop, rows):
-            yield self._array[start : min(stop, start + rows)]
+    def pieces(self, rows: int, stop: int, start: int = 0) -> Iterator[NDArray[Any]]:
+        for first in range(start, stop, rows):
+            yield self._array[first : min(stop, first + rows)]

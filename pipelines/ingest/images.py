@@ -57,11 +57,11 @@ class ImageFolder(RowArray):
         first = self._decode(files[0], fs.cat_file(files[0]))
         super().__init__("image", (len(files), *first.shape), first.dtype)
 
-    def pieces(self, rows: int, stop: int) -> Iterator[NDArray[Any]]:
-        """Yield the images in order."""
+    def pieces(self, rows: int, stop: int, start: int = 0) -> Iterator[NDArray[Any]]:
+        """Yield images in order."""
         rows = min(rows, _FILES_AT_ONCE)
-        for start in range(0, stop, rows):
-            names = self._files[start : min(stop, start + rows)]
+        for first in range(start, stop, rows):
+            names = self._files[first : min(stop, first + rows)]
             contents = self._fs.cat(names, on_error="return")
             if isinstance(contents, bytes):  # fsspec does so for a list of one
                 contents = {names[0]: contents}

@@ -10,12 +10,15 @@ from pathlib import Path
 from pipelines.ingest import arrays, datasets, images
 from pipelines.ingest.base import IngestError, Source
 from storage_schemas.config import RunConfig
+from storage_schemas.documents import digest_of
 from storage_schemas.objects import redact_url
 
 __all__ = ["opened_source"]
 
 _HDF5 = (".h5", ".hdf5", ".nc", ".nc4")
 _ZARR_METADATA = ("zarr.json", ".zgroup", ".zarray")
+_CHANGING = ("mtime", "created", "LastModified", "last_modified", "updated", "ETag", "etag")
+"""What file systems tell of a file, beside its size, that differs once it was written again."""
 _KNOWN = (
     "a .npy, .npz, HDF5 (.h5, .hdf5) or NetCDF 4 (.nc) file, a Zarr array or group, a folder of "
     "images (png, jpg, tiff), hf://NAME or bundled:NAME"
@@ -75,8 +78,24 @@ def _source(source: str, corruption: RunConfig | None, opened: contextlib.ExitSt
             )
         case _:
             found = images.open_images(source)
-            return Source(description=redact_url(source), arrays=found, value_range=None)
-    return Source(description=redact_url(source), arrays=found)
+    return Source(
+        description=redact_url(source), arrays=found, state=lambda: _state_of_files(source)
+    )
+
+
+def _state_of_files(source: str) -> str | None:
+    """Return a digest of the names, sizes, times and tags of the files at a path or URL."""
+    from fsspec.core import url_to_fs
+
+    fs, root = url_to_fs(source)
+    files = {root: fs.info(root)} if fs.isfile(root) else fs.find(root, detail=True)
+    known = {
+        str(name): {key: str(info[key]) for key in _CHANGING if info.get(key) is not None}
+        for name, info in files.items()
+    }
+    if not all(known.values()):
+        return None
+    return digest_of([known, [[str(name), info.get("size")] for name, info in files.items()]])
 
 
 def _local(source: str) -> Path | None:

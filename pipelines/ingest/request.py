@@ -39,6 +39,8 @@ class IngestRequest:
     """Whether the bands of images are the last axis."""
     holdout: Holdout = 0.1
     """Samples kept out of the training."""
+    append: bool = False
+    """Whether they are added to those that are there."""
     seed: int = 0
     """Seed of their choice; where samples are corrupted, the config's."""
     limit: int | None = None

@@ -127,12 +127,13 @@ class Roles:
         }
 
 
-def assign_roles(source: Source, request: IngestRequest) -> Roles:
+def assign_roles(source: Source, request: IngestRequest, *, least: int = 2) -> Roles:
     """Find the arrays that were asked for, and check their shapes.
 
     Arguments:
         source: The source.
         request: What was asked for.
+        least: The fewest samples that will do.
 
     Raises:
         IngestError: An array is missing, or has a shape that it cannot have.
@@ -201,10 +202,11 @@ def assign_roles(source: Source, request: IngestRequest) -> Roles:
             f"the arrays hold different numbers of samples ({told}); make them equal"
         )
     samples = min(next(iter(counts.values())), request.limit or 2**63)
-    if samples < 2:
+    if samples < least:
+        purpose = "one to learn from and one to judge by are" if least == 2 else "one is"
         raise IngestError(
-            f"there are {samples} samples in {source.description}, but at least one to learn from "
-            "and one to judge by are needed; give more"
+            f"there are {samples} samples in {source.description}, but at least {purpose} needed; "
+            "give more"
         )
     return Roles(samples=samples, y=y, x=x, params=params, label=label)
 

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 
 from storage_schemas.config import StoreData
 from storage_schemas.errors import DamageError
+from storage_schemas.generations import GrownObservations, read_generations
 from storage_schemas.layout import observation_layout
 from storage_schemas.manifests import ObservationsManifest
 from storage_schemas.objects import ObjectStore, redact_url
-from storage_schemas.observations import Observations, Split, read_seal
+from storage_schemas.observations import Observations, Split
 
-__all__ = ["copy_rows", "open_stored", "require_fit", "sound", "stored_seal"]
+__all__ = ["copy_rows", "open_stored", "require_fit", "sound", "stored_generations", "stored_seal"]
 
 
 def stored_seal(data: StoreData) -> ObservationsManifest:
@@ -23,25 +24,36 @@ def stored_seal(data: StoreData) -> ObservationsManifest:
         data: Where it is, and what the config says of it.
 
     Returns:
-        The seal.
+        The seal, with the samples of all generations.
 
     Raises:
         ValueError: There are no complete observations, or they are not what the config says.
     """
+    seals = stored_generations(data)
+    return seals[0].model_copy(update={"samples": sum(seal.samples for seal in seals)})
+
+
+def stored_generations(data: StoreData) -> list[ObservationsManifest]:
+    """Read the seals of all generations of a store of observations; see `stored_seal`.
+
+    Raises:
+        ValueError: As `stored_seal`.
+    """
     where = f"data.url {redact_url(data.url)!r}"
     with sound(data):
         try:
-            seal = read_seal(ObjectStore(data.url))
+            seals = read_generations(ObjectStore(data.url))
         except (PermissionError, NotADirectoryError, OSError) as error:
             raise ValueError(
                 f"{where} cannot be read ({error}); give the URL that `diffem ingest` wrote to, "
                 "and check its permissions and the credentials"
             ) from error
-    if seal is None:
+    if not seals:
         raise ValueError(
             f"{where} holds no complete observations (no observations.json); write them with "
             "`diffem ingest SOURCE URL`, or correct the URL"
         )
+    seal = seals[0]
     if seal.x_shape != data.x_shape:
         raise ValueError(
             f"data.x_shape is {list(data.x_shape)} but the samples at {redact_url(data.url)} have "
@@ -57,18 +69,25 @@ def stored_seal(data: StoreData) -> ObservationsManifest:
             f"{where} holds out {seal.holdout} of {seal.samples} observations, but some are "
             "needed to learn from and some to judge by; ingest them with --holdout"
         )
-    return seal
+    return seals
 
 
-def open_stored(data: StoreData, split: Split | None = None) -> Observations:
+def open_stored(
+    data: StoreData, split: Split | None = None, *, generations: int | None = None
+) -> Observations:
     """Open a store of observations for reading.
+
+    Arguments:
+        data: Where it is.
+        split: `train`, `holdout`, or None for all.
+        generations: How many of its generations, from the first on; all by default.
 
     Raises:
         ValueError: As `stored_seal`.
     """
     stored_seal(data)
     with sound(data):
-        return Observations(ObjectStore(data.url), split)
+        return GrownObservations(ObjectStore(data.url), split, generations)
 
 
 @contextmanager

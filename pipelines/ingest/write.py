@@ -1,29 +1,29 @@
 """From a source into a store: blocks are read, checked, converted, corrupted, written, sealed.
 
 Order of writing as inside a run: `observations.zarr`, then `observations.json`. Until that seal is
-there nothing counts: an ingest that was interrupted begins anew. One that is complete is read
-again and compared; another one at the same URL is refused.
+there nothing counts. An ingest that was interrupted goes on after its last whole shard where the
+same is asked of the same source, and begins anew otherwise. One that is complete is read again and
+compared; another one at the same URL is refused.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pipelines.ingest.base import IngestError, Source, recut
+from pipelines.ingest.base import IngestError
+from pipelines.ingest.blocks import TITLE, IngestWork
 from pipelines.ingest.opening import opened_source
 from pipelines.ingest.request import IngestRequest
-from pipelines.ingest.roles import Role, Roles, assign_roles
-from pipelines.progress import stage
-from pipelines.sources import choose_holdout
+from pipelines.progress import reporter, stage
 from storage_schemas._base import Record
 from storage_schemas.errors import BadObservations, DamageError, UnusableStore
+from storage_schemas.generations import GENERATIONS
 from storage_schemas.lease import LeaseHeld, RunLease, read_lease
 from storage_schemas.manifests import ObservationsManifest
 from storage_schemas.objects import ObjectStore, redact_url
@@ -31,16 +31,13 @@ from storage_schemas.observations import (
     FOLDER,
     SEAL,
     ObservationBlock,
+    layout_of,
     read_seal,
     write_observations,
 )
+from storage_schemas.unsealed import PROGRESS, IngestProgress, UnsealedShards, read_progress
 
-__all__ = ["IngestSummary", "ingest"]
-
-_TITLE = "DiffEM observations"
-_BLOCK_BYTES = 2**23
-_LARGEST_BLOCK = 4096
-_WIDTHS = {"uint8": (0.0, 255.0), "uint16": (0.0, 65535.0), "bool": (0.0, 1.0)}
+__all__ = ["IngestSummary", "ingest", "summary_of", "what_is_there", "write_generation"]
 
 
 class IngestSummary(Record):
@@ -108,161 +105,89 @@ def ingest(request: IngestRequest) -> IngestSummary:
             (the first is named), or something else is at the URL.
     """
     began = time.monotonic()
+    if request.append:
+        from pipelines.ingest.append import append
+
+        return append(request)
     objects = ObjectStore(request.url)
-    sealed = _what_is_there(objects)
+    sealed = what_is_there(objects)
     with opened_source(request.source, request.corruption) as source:
-        work = _Work(request, source)
+        work = IngestWork(request, source)
         if sealed is not None:
             _require_alike(objects, sealed, work)
         blocks = work.blocks()
         # What is wrong with the first block is found before anything is written.
         first = next(blocks)
-        written = _write(objects, work, _chained(first, blocks), sealed)
+        written = write_generation(objects, work, first, blocks, sealed)
+    return summary_of(work, [written], began=began, complete_before=sealed is not None)
+
+
+def summary_of(
+    work: IngestWork,
+    seals: Sequence[ObservationsManifest],
+    *,
+    began: float,
+    complete_before: bool,
+) -> IngestSummary:
+    """Tell what a store holds now.
+
+    Arguments:
+        work: The ingest.
+        seals: The seals of its generations.
+        began: `time.monotonic()` of the beginning.
+        complete_before: Whether the same was there already.
+    """
+    first, last = seals[0], seals[-1]
     value_range, measured = work.value_range()
     return IngestSummary(
-        url=request.url,
-        complete_before=sealed is not None,
-        data_digest=written.data_digest,
-        samples=written.samples,
-        holdout=written.holdout,
-        x_shape=written.x_shape,
-        y_shape=written.y_shape,
-        parameters=dict(written.parameters),
-        truth=written.truth,
-        labels=written.labels,
-        units=written.units,
-        source=written.source,
+        url=work.request.url,
+        complete_before=complete_before,
+        data_digest=last.data_digest,
+        samples=sum(seal.samples for seal in seals),
+        holdout=first.holdout,
+        x_shape=first.x_shape,
+        y_shape=first.y_shape,
+        parameters=dict(first.parameters),
+        truth=first.truth,
+        labels=first.labels,
+        units=first.units,
+        source=last.source,
         smallest=work.smallest,
         largest=work.largest,
         seconds=time.monotonic() - began,
         range_is_measured=measured,
         data={
             "kind": "store",
-            "url": request.url,
-            "x_shape": list(written.x_shape),
+            "url": work.request.url,
+            "x_shape": list(first.x_shape),
             "value_range": value_range,
-            "labelled": written.labels,
+            "labelled": first.labels,
         },
     )
 
 
-class _Work:
-    """An ingest: the arrays, the corruption, and what is learned of the values on the way."""
-
-    def __init__(self, request: IngestRequest, source: Source) -> None:
-        self.request = request
-        self.source = source
-        self.roles: Roles = assign_roles(source, request)
-        self.samples = self.roles.samples
-        corruption = request.corruption
-        self.seed = request.seed if corruption is None else corruption.seed
-        self.holdout_count = request.held_out(self.samples)
-        self.units = request.units or source.units or "1"
-        self.smallest, self.largest = math.inf, -math.inf
-        self.rows = self._rows()
-        self.parameters = {name: role.shape for name, role in self.roles.params.items()}
-        self.corrupt: Callable[..., Any] | None = None
-        x, y = self.roles.x, self.roles.y
-        if corruption is not None:
-            # Only here are PyTorch and deepinv needed.
-            from pipelines import build
-            from pipelines.stages.observations import corrupt_block, corruption_rows
-
-            assert x is not None
-            self.x_shape = x.shape
-            self.rows = corruption_rows(x.shape)
-            self.channel = build.build_channel(corruption.channel, x.shape)
-            self.y_shape = self.channel.y_shape
-            self.parameters = dict(self.channel.params_spec)
-            self.corrupt = corrupt_block
-        else:
-            assert y is not None
-            self.y_shape = y.shape
-            self.x_shape = x.shape if x is not None else request.x_shape or y.shape
-
-    def attributes(self, source: str) -> dict[str, Any]:
-        """Return the provenance: nothing that differs where the numbers are the same."""
-        corruption = self.request.corruption
-        made = {} if corruption is None else {"channel": corruption.channel.kind}
-        return {"title": _TITLE, "source": source, **made}
-
-    def value_range(self) -> tuple[list[float] | None, bool]:
-        """Return the values of black and white, and whether they are only the measured ones."""
-        role = self.roles.x or self.roles.y
-        assert role is not None
-        known = (
-            self.request.value_range
-            or self.source.value_range
-            or (_WIDTHS.get(role.array.dtype.name) if len(self.x_shape) == 3 else None)
-        )
-        if known is not None:
-            return [float(value) for value in known], False
-        if len(self.x_shape) == 1:
-            return None, False
-        higher = self.smallest + 1 if self.largest <= self.smallest else self.largest
-        return [self.smallest, higher], True
-
-    def blocks(self) -> Iterator[ObservationBlock]:
-        """Yield checked blocks, each with what belongs to it."""
-        holdout = choose_holdout(self.samples, self.holdout_count, seed=self.seed)
-        streams = {name: self._stream(role) for name, role in self.roles.all.items()}
-        for start in range(0, self.samples, self.rows):
-            arrays = {
-                name: role.converted(next(streams[name]), start)
-                for name, role in self.roles.all.items()
-            }
-            measured = "x" if self.roles.x is not None else "y"
-            self._measure(self.roles.all[measured], arrays[measured], start)
-            stop = start + len(arrays[measured])
-            y, params = self._observed(arrays, start)
-            yield ObservationBlock(
-                sample=np.arange(start, stop),
-                holdout=holdout[start:stop],
-                y=y,
-                params=params,
-                x=arrays.get("x"),
-                label=arrays.get("label"),
-            )
-
-    def _observed(
-        self, arrays: dict[str, NDArray[Any]], start: int
-    ) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
-        if self.corrupt is None:
-            return arrays["y"], {name: arrays[f"param {name}"] for name in self.roles.params}
-        y, params = self.corrupt(
-            self.channel, arrays["x"], seed=self.seed, block=start // self.rows
-        )
-        return y, params
-
-    def _measure(self, role: Role, values: NDArray[Any], start: int) -> None:
-        role.require_range(values, start, self.request.value_range)
-        self.smallest = min(self.smallest, float(values.min()))
-        self.largest = max(self.largest, float(values.max()))
-
-    def _stream(self, role: Role) -> Iterator[NDArray[Any]]:
-        return recut(role.array.pieces(self.rows, self.samples), self.rows)
-
-    def _rows(self) -> int:
-        widest = max(
-            4 * math.prod(role.shape) + role.array.dtype.itemsize * math.prod(role.array.shape[1:])
-            for role in self.roles.all.values()
-        )
-        return max(1, min(_LARGEST_BLOCK, _BLOCK_BYTES // widest))
-
-
-def _chained(
-    first: ObservationBlock, rest: Iterator[ObservationBlock]
-) -> Iterator[ObservationBlock]:
-    yield first
-    yield from rest
-
-
-def _write(
+def write_generation(
     objects: ObjectStore,
-    work: _Work,
-    blocks: Iterator[ObservationBlock],
+    work: IngestWork,
+    first: ObservationBlock,
+    rest: Iterator[ObservationBlock],
     sealed: ObservationsManifest | None,
 ) -> ObservationsManifest:
+    """Write the observations of one ingest, or compare them with those that are sealed.
+
+    Arguments:
+        objects: Where they go: the store, or that of a generation.
+        work: The ingest.
+        first: Its first block.
+        rest: The blocks after it.
+        sealed: The seal that is there.
+
+    Returns:
+        The seal.
+
+    Raises:
+        ValueError: They cannot be used, are not those that are sealed, or another process writes.
+    """
     title = "ingest" if sealed is None else "comparing with what is there"
     # The same numbers under another name of the source are the same ingest.
     source = work.source.description if sealed is None else sealed.source
@@ -272,6 +197,11 @@ def _write(
             stage(title, total=work.samples, unit="samples") as advance,
         ):
             objects.sweep(FOLDER)  # what a writer that was killed had open
+            blocks: Iterator[ObservationBlock] = chain([first], rest)
+            kept = None
+            if sealed is None:
+                shards = _what_was_interrupted(objects, work, first)
+                blocks, kept = _resumed(work, first, rest, shards), shards.kept
 
             def counted() -> Iterator[ObservationBlock]:
                 for block in blocks:
@@ -279,14 +209,18 @@ def _write(
                     advance(len(block.sample))
                 lease.check()
 
-            return write_observations(
+            written = write_observations(
                 objects,
                 counted(),
                 x_shape=work.x_shape,
                 units=work.units,
                 source=source,
                 attributes=work.attributes(source),
+                kept=kept,
             )
+            if not work.adds:  # of what was added, it tells what it was
+                objects.delete(PROGRESS)
+            return written
     except LeaseHeld:
         raise IngestError(_held(objects)) from None
     except BadObservations as error:
@@ -295,6 +229,7 @@ def _write(
         raise _other(objects, str(error)) from error
     except IngestError:
         if sealed is None:  # what was refused halfway leaves nothing behind
+            objects.delete(PROGRESS)
             objects.delete_folder(FOLDER)
         raise
     except OSError as error:
@@ -306,11 +241,68 @@ def _write(
         ) from error
 
 
-def _what_is_there(objects: ObjectStore) -> ObservationsManifest | None:
+def _what_was_interrupted(
+    objects: ObjectStore, work: IngestWork, first: ObservationBlock
+) -> UnsealedShards:
+    """Return the shards that the same ingest of the same source has left; delete all others."""
+    arrays = first.arrays()
+    layout = layout_of(
+        arrays, samples=work.samples, x_shape=work.x_shape, units=work.units, attributes={}
+    )
+    shards = UnsealedShards(objects, layout)
+    progress = IngestProgress(request=work.digest(), source=work.source.state())
+    there = read_progress(objects)
+    changed = "its source has changed since then (or nothing tells that it has not)"
+    if there is None:
+        reason = "nothing says what was being ingested" if objects.list(FOLDER) else ""
+    elif there.request != progress.request:
+        reason = "something else was being ingested, or by other versions"
+    elif there.source is None or there.source != progress.source:
+        reason = changed
+    else:
+        head = next(UnsealedShards(objects, layout).read(), {})
+        alike = all(
+            np.array_equal(values[: len(arrays[path])], arrays[path][: len(values)])
+            for path, values in head.items()
+        )
+        if alike:
+            shards.tidy()
+            return shards
+        reason = changed
+    if reason:
+        reporter().note(f"an ingest into {objects} was interrupted, but {reason}: begins anew")
+    shards.begin(progress)
+    return shards
+
+
+def _resumed(
+    work: IngestWork,
+    first: ObservationBlock,
+    rest: Iterator[ObservationBlock],
+    shards: UnsealedShards,
+) -> Iterator[ObservationBlock]:
+    """Yield the blocks that are there, then those that the source has to give."""
+    yield from work.stored_blocks(shards.read())
+    if shards.rows == 0:
+        yield first
+        yield from rest
+        return
+    reporter().note(
+        f"{shards.rows:,} of {work.samples:,} samples are there from an ingest that was "
+        "interrupted"
+    )
+    yield from work.blocks(shards.rows)
+
+
+def what_is_there(objects: ObjectStore) -> ObservationsManifest | None:
     """Return the seal that is there; refuse what no ingest wrote, which would be deleted."""
     where = redact_url(objects.url)
     try:
-        names = [name for name in objects.children() if name not in ("lease", FOLDER, SEAL)]
+        names = [
+            name
+            for name in objects.children()
+            if name not in ("lease", FOLDER, SEAL, PROGRESS, GENERATIONS)
+        ]
         if names:
             what = "a run" if "run.json" in names else ", ".join(names[:5])
             raise IngestError(
@@ -328,14 +320,14 @@ def _what_is_there(objects: ObjectStore) -> ObservationsManifest | None:
         raise IngestError(f"{where} cannot be read ({error}); choose another URL") from error
     if sealed is None and root:
         metadata = json.loads(next(iter(root.values())))
-        if metadata.get("attributes", {}).get("title") != _TITLE:
+        if metadata.get("attributes", {}).get("title") != TITLE:
             raise IngestError(
                 f"{where} holds another {FOLDER}, which this would delete; choose another URL"
             )
     return sealed
 
 
-def _require_alike(objects: ObjectStore, sealed: ObservationsManifest, work: _Work) -> None:
+def _require_alike(objects: ObjectStore, sealed: ObservationsManifest, work: IngestWork) -> None:
     """Refuse another ingest before its numbers are read."""
     roles = work.roles
     pairs: dict[str, tuple[object, object]] = {

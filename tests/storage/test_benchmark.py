@@ -5,7 +5,8 @@ import pytest
 
 from storage_schemas.benchmark import CODECS, measure_codecs, noisy_images
 from storage_schemas.objects import ObjectStore
-from storage_schemas.store_benchmark import measure_store, plan_store
+from storage_schemas.observations import Observations
+from storage_schemas.store_benchmark import measure_store, objects_rows, plan_store
 
 
 def test_every_codec_is_measured() -> None:
@@ -40,11 +41,42 @@ def test_a_store_is_measured_by_what_was_written(tmp_path: Path) -> None:
         measure_store(url, samples=10, x_shape=(1, 8, 8))
 
 
-def test_a_plan_says_what_is_written(tmp_path: Path) -> None:
+def test_a_plan_says_what_is_written_and_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     objects = ObjectStore(str(tmp_path / "store"))
-    shape = (3, 64, 64)
-    measure_store(objects.url, samples=600, x_shape=shape, minibatches=1)
-    plan = plan_store(samples=600, x_shape=shape)
+    shape, samples = (3, 64, 64), 1000
+    measure_store(objects.url, samples=samples, x_shape=shape, minibatches=1)
+    plan = plan_store(samples=samples, x_shape=shape)
     written = [p for p in objects.list() if p.startswith("observations.zarr/observation/c/")]
-    assert plan.objects == len(written) > 1
+    assert plan.objects == len(written) == 4
+    assert plan.write_requests == len(objects.list())
     assert plan.object_mb <= 24
+    assert plan.mb == pytest.approx(samples * 3 * 64 * 64 * 4e-6)
+
+    asked: list[str] = []
+    read = ObjectStore.read
+
+    def counted(self: ObjectStore, path: str) -> bytes:
+        asked.append(path)
+        return read(self, path)
+
+    monkeypatch.setattr(ObjectStore, "read", counted)
+    observations = Observations(objects)
+    rows = objects_rows(samples, shape)
+    for start in range(0, samples, rows):
+        observations.y(slice(start, start + rows))
+    assert len(asked) == plan.read_requests
+    asked.clear()
+    few = 4  # The plan is of 256 samples, which touch all four objects.
+    observations.y(np.arange(few) * rows)
+    assert len(asked) == few == round(plan.minibatch_requests)
+    assert plan.minibatch_mb == pytest.approx(few * plan.object_mb)
+
+
+def test_the_plan_of_a_large_store_touches_the_objects_that_chance_says() -> None:
+    plan = plan_store(samples=1_000_000, x_shape=(3, 64, 64))
+    rng = np.random.default_rng(0)
+    drawn = [len(np.unique(rng.integers(0, plan.objects, 256))) for _ in range(400)]
+    # Mean of 400 counts whose standard deviation is below 5: four standard errors are 1.
+    assert np.mean(drawn) == pytest.approx(plan.minibatch_requests, abs=1)

@@ -1,0 +1,75 @@
+"""What the measured processes of `bench_orchestration` do."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.prefect_settings import apply_defaults
+
+__all__ = ["map_nothing", "plain_loop"]
+
+
+def plain_loop(config: str, url: str, overrides: Sequence[str]) -> None:
+    """Do a whole run as a loop over its stages: no Prefect, no lease, no checks."""
+    from pipelines import stages
+    from pipelines.config_io import load_config
+    from storage_schemas.run_store import RunStore
+
+    store = RunStore.create(url, load_config(config, overrides))
+    print("begin", file=sys.stderr, flush=True)
+    stages.prepare_observations(url)
+    stages.fit_start(url)
+    for iteration in range(store.config.iterations):
+        plan = stages.lay_out_iteration(url, iteration)
+        digest = plan["config_digest"]
+        for shard in range(plan["shards"]):
+            stages.e_step_shard(url, iteration, shard, digest, plan["parent_digest"])
+        learned_from = stages.reconstructions_digest(url, iteration)
+        stages.refine_model(url, iteration, digest, learned_from)
+        stages.evaluate_iteration(url, iteration, digest, stages.model_digest(url, iteration))
+        stages.commit_iteration(url, iteration, 0)
+    if store.config.prior is not None:
+        stages.fit_prior(url)
+
+
+def nothing(run_url: str, shard: int) -> dict[str, Any]:
+    """Do nothing, as the E-step of a shard does it: a small record comes back."""
+    return {"shard": shard, "reused": False}
+
+
+def map_nothing(shards: int, folder: str, *, ray: bool = False) -> None:
+    """Map a task that does nothing, wrapped as the E-step is; print seconds and memory as JSON."""
+    apply_defaults()
+    from prefect import flow
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+    from prefect.task_runners import ThreadPoolTaskRunner
+
+    from pipelines.flows import stage_task
+
+    runner: Any = ThreadPoolTaskRunner(max_workers=1)
+    if ray:
+        from pipelines.runners.ray import build_ray_task_runner
+        from storage_schemas.config import RayRunner
+
+        runner = build_ray_task_runner(RayRunner(address="local", gpus_per_shard=0.0))
+    empty = stage_task(nothing, "nothing", "shard {shard:05d}")
+
+    @flow(name="bench", task_runner=runner, result_storage=Path(folder))
+    def mapped() -> float:
+        empty.submit(folder, -1).result()  # what a first task costs more
+        began = time.perf_counter()
+        futures = [empty.submit(folder, shard) for shard in range(shards)]
+        for future in futures:
+            future.result()
+        return time.perf_counter() - began
+
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        seconds = mapped()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": seconds, "memory_mb": memory}))
