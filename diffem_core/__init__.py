@@ -17,12 +17,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffem_core.augmentation import Augmentation
+    from diffem_core.calibration import Calibration, calibration, hide_more, rank_positions
     from diffem_core.channel import Channel, RandomMask, RandomMatrix
     from diffem_core.classifier import DigitClassifier
+    from diffem_core.classifier_test import area_under_curve, classifier_test
     from diffem_core.deepinv_channels import deepinv_channel
     from diffem_core.denoiser import Denoiser
+    from diffem_core.diversity import (
+        CollapseVerdict,
+        collapse_verdict,
+        draw_spread,
+        nearest_neighbours,
+        participation_ratio,
+        uncovered_test,
+    )
     from diffem_core.e_step import e_step, refreshed
     from diffem_core.em import EMIteration, em
+    from diffem_core.feature_distance import PrincipalComponents, frechet_test
     from diffem_core.gaussian import (
         GaussianPosterior,
         GaussianPrior,
@@ -31,8 +42,10 @@ if TYPE_CHECKING:
     )
     from diffem_core.gaussian_condition import GaussianMeanChannel
     from diffem_core.grids import karras_grid, log_linear_grid
+    from diffem_core.identifiability import FittedPrior, Identifiability, StandInPrior, identify
     from diffem_core.linear_solvers import conjugate_gradients
     from diffem_core.m_step import MStepResult, denoising_loss, m_step
+    from diffem_core.measurement import Measurement
     from diffem_core.metrics import (
         frechet_distance,
         masked_rmse,
@@ -43,7 +56,11 @@ if TYPE_CHECKING:
         sliced_wasserstein,
     )
     from diffem_core.mmps import MMPSPosterior, mmps_denoise
-    from diffem_core.monitors import ObservationDivergence, observation_divergence
+    from diffem_core.monitors import (
+        ObservationDivergence,
+        observation_divergence,
+        observation_features,
+    )
     from diffem_core.networks import MLP, SinusoidalEmbedding, UNet
     from diffem_core.networks.diffusers_unet import DiffusersUNet
     from diffem_core.noise import SampleNoise
@@ -61,6 +78,7 @@ if TYPE_CHECKING:
     )
     from diffem_core.posterior import DiffusionPosterior, DiffusionPrior, Posterior, PseudoInverse
     from diffem_core.rates import constant_rate, cosine_rate, linear_rate
+    from diffem_core.residuals import predictive_test, residual_test
     from diffem_core.samplers import (
         Denoise,
         Sampler,
@@ -73,6 +91,7 @@ if TYPE_CHECKING:
     from diffem_core.scaling import Scaling
     from diffem_core.schedule import Schedule, VEKarras, VELogLinear
     from diffem_core.seeds import derive_seed, seeded_initialization
+    from diffem_core.stopping import BudgetRule, Decision, FloorRule, PlateauRule, Point, decide
     from diffem_core.times import (
         BetaMixtureTime,
         BetaTime,
@@ -81,9 +100,49 @@ if TYPE_CHECKING:
         UniformTime,
     )
     from diffem_core.training import TrainingState
+    from diffem_core.two_sample import energy_test, mmd_test
     from diffem_core.validation import Validation
 
 _MODULES = {
+    "calibration": (
+        "Calibration",
+        "calibration",
+        "hide_more",
+        "rank_positions",
+    ),
+    "classifier_test": (
+        "area_under_curve",
+        "classifier_test",
+    ),
+    "diversity": (
+        "CollapseVerdict",
+        "collapse_verdict",
+        "draw_spread",
+        "nearest_neighbours",
+        "participation_ratio",
+        "uncovered_test",
+    ),
+    "feature_distance": (
+        "PrincipalComponents",
+        "frechet_test",
+    ),
+    "measurement": ("Measurement",),
+    "residuals": (
+        "predictive_test",
+        "residual_test",
+    ),
+    "stopping": (
+        "BudgetRule",
+        "Decision",
+        "FloorRule",
+        "PlateauRule",
+        "Point",
+        "decide",
+    ),
+    "two_sample": (
+        "energy_test",
+        "mmd_test",
+    ),
     "physics_channels": (
         "PhysicsChannel",
         "accelerated_mri",
@@ -108,6 +167,7 @@ _MODULES = {
     "gaussian": ("GaussianPosterior", "GaussianPrior", "fit_gaussian_prior", "log_likelihood"),
     "gaussian_condition": ("GaussianMeanChannel",),
     "grids": ("karras_grid", "log_linear_grid"),
+    "identifiability": ("FittedPrior", "Identifiability", "StandInPrior", "identify"),
     "linear_solvers": ("conjugate_gradients",),
     "m_step": ("MStepResult", "denoising_loss", "m_step"),
     "metrics": (
@@ -120,7 +180,7 @@ _MODULES = {
         "sliced_wasserstein",
     ),
     "mmps": ("MMPSPosterior", "mmps_denoise"),
-    "monitors": ("ObservationDivergence", "observation_divergence"),
+    "monitors": ("ObservationDivergence", "observation_divergence", "observation_features"),
     "networks": ("MLP", "SinusoidalEmbedding", "UNet"),
     "networks.diffusers_unet": ("DiffusersUNet",),
     "noise": ("SampleNoise",),
@@ -150,7 +210,11 @@ __all__ = [
     "Augmentation",
     "BetaMixtureTime",
     "BetaTime",
+    "BudgetRule",
+    "Calibration",
     "Channel",
+    "CollapseVerdict",
+    "Decision",
     "Denoise",
     "Denoiser",
     "DiffusersUNet",
@@ -158,15 +222,22 @@ __all__ = [
     "DiffusionPrior",
     "DigitClassifier",
     "EMIteration",
+    "FittedPrior",
+    "FloorRule",
     "GaussianMeanChannel",
     "GaussianPosterior",
     "GaussianPrior",
+    "Identifiability",
     "LogNormalTime",
     "MMPSPosterior",
     "MStepResult",
+    "Measurement",
     "ObservationDivergence",
     "PhysicsChannel",
+    "PlateauRule",
+    "Point",
     "Posterior",
+    "PrincipalComponents",
     "PseudoInverse",
     "RandomMask",
     "RandomMatrix",
@@ -175,6 +246,7 @@ __all__ = [
     "Scaling",
     "Schedule",
     "SinusoidalEmbedding",
+    "StandInPrior",
     "TimeDistribution",
     "TrainingState",
     "UNet",
@@ -183,23 +255,33 @@ __all__ = [
     "VELogLinear",
     "Validation",
     "accelerated_mri",
+    "area_under_curve",
+    "calibration",
+    "classifier_test",
+    "collapse_verdict",
     "compressed_sensing",
     "conjugate_gradients",
     "constant_rate",
     "cosine_rate",
     "ddim",
     "ddpm",
+    "decide",
     "deepinv_channel",
     "denoising",
     "denoising_loss",
     "derive_seed",
     "dpm_solver",
+    "draw_spread",
     "e_step",
     "em",
+    "energy_test",
     "fit_gaussian_prior",
     "frechet_distance",
+    "frechet_test",
     "gaussian_blur",
     "heun",
+    "hide_more",
+    "identify",
     "jpeg",
     "karras_grid",
     "linear_rate",
@@ -207,19 +289,27 @@ __all__ = [
     "log_linear_grid",
     "m_step",
     "masked_rmse",
+    "mmd_test",
     "mmps_denoise",
+    "nearest_neighbours",
     "observation_divergence",
+    "observation_features",
+    "participation_ratio",
     "poisson",
+    "predictive_test",
     "predictor_corrector",
     "psnr",
     "quantization",
+    "rank_positions",
     "refreshed",
+    "residual_test",
     "rmse",
     "seeded_initialization",
     "sinkhorn_divergence",
     "sliced_image_distance",
     "sliced_wasserstein",
     "super_resolution",
+    "uncovered_test",
     "with_observed_operators",
 ]
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from diffem_core.gaussian_condition import GaussianMeanChannel
 from diffem_core.metrics import unit_directions
 from diffem_core.scaling import Scaling
 from diffem_core.seeds import derive_seed
@@ -22,7 +23,7 @@ from diffem_core.seeds import derive_seed
 if TYPE_CHECKING:
     from diffem_core.channel import Channel
 
-__all__ = ["ObservationDivergence", "observation_divergence"]
+__all__ = ["ObservationDivergence", "observation_divergence", "observation_features"]
 
 _JACKKNIFE_BLOCKS = 16
 
@@ -34,7 +35,8 @@ class ObservationDivergence:
     Arguments:
         value: Sliced 2-Wasserstein distance between held-out and re-corrupted observations, in
             network units.
-        standard_error: Its standard error over held-out observations (delete-a-block jackknife).
+        standard_error: Its standard error over held-out observations (delete-a-block jackknife);
+            NaN for a single one.
         floor: The same distance between held-out and other true observations; None if none were
             given.
     """
@@ -80,7 +82,7 @@ def observation_divergence(
     References:
         DiffEM (arXiv 2510.12691), monotonic improvement property.
     """
-    features = _features(channel, scaling, y, params)
+    features = observation_features(channel, scaling, y, params).flatten(1)
     directions = unit_directions(
         features.shape[1], projections, seed=derive_seed(seed, "directions")
     )
@@ -98,23 +100,39 @@ def observation_divergence(
         y_tilde = channel.corrupt(x_hat, fresh, generator=generator)
     else:
         y_tilde, fresh = recorrupted
-    corrupted = others(_features(channel, scaling, y_tilde, fresh).to(features.device))
+    theirs = observation_features(channel, scaling, y_tilde, fresh).flatten(1)
+    corrupted = others(theirs.to(features.device))
     value, error = _jackknife(_sliced, ours[: len(corrupted)], corrupted)
     floor = None
     if reference is not None:
-        true = others(_features(channel, scaling, *reference).to(features.device))
+        true = others(
+            observation_features(channel, scaling, *reference).flatten(1).to(features.device)
+        )
         floor = _sliced(ours[: len(true)], true)
     return ObservationDivergence(value=value, standard_error=error, floor=floor)
 
 
-def _features(
+def observation_features(
     channel: Channel, scaling: Scaling, y: Tensor, params: Mapping[str, Tensor]
 ) -> Tensor:
+    """Compute what monitors compare of observations: what the network sees of them.
+
+    Arguments:
+        channel: The channel.
+        scaling: The change to network units.
+        y: Observations of shape (n, *y_shape).
+        params: Their operator parameters.
+
+    Returns:
+        For images, the bands that stand for x, shape (n, C, H, W): maps of the parameters, which
+        have one distribution on both sides, would add noise only. For vectors, the whole condition
+        of shape (n, features): what of it belongs to the parameters says what y is of. What a
+        Gaussian prior knows is left out of both.
+    """
+    while isinstance(channel, GaussianMeanChannel):
+        channel = channel.channel
     seen = channel.condition(y, params, scaling)
-    if len(channel.x_shape) == 3:
-        # Maps of the parameters follow, which have one distribution on both sides: only noise.
-        seen = seen[:, : channel.x_shape[0]]
-    return seen.flatten(1)
+    return seen[:, : channel.x_shape[0]] if len(channel.x_shape) == 3 else seen
 
 
 def _sliced(a: Tensor, b: Tensor) -> float:

@@ -12,8 +12,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 __all__ = ["derive_seed", "seeded_initialization"]
 
 
@@ -47,6 +45,9 @@ def seeded_initialization(seed: int) -> Iterator[None]:
     Arguments:
         seed: An integer, for example from `derive_seed`.
     """
+    # Here only: an ingest derives seeds too, and does without 500 MB of PyTorch.
+    import torch
+
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

@@ -135,23 +135,19 @@ def _in_words(
     status: RunStatus, step: StepStatus, before: StepStatus, picture: bytes | None
 ) -> str:
     name = "start" if before.iteration is None else f"{before.iteration:03d}"
-    lines = [
-        f"# {status.name}, EM iteration {step.iteration:03d} of {status.iterations}",
-        "",
-        f"| | {name} | {step.iteration:03d} | |",
-        "|---|---|---|---|",
-    ]
-    for key, metric in step.metrics.items():
-        if not key.endswith(("_floor", "_clean")):
-            meaning = metric.long_name + (f" ({metric.better} is better)" if metric.better else "")
-            lines.append(
-                f"| {key.replace('_', ' ')} | {_number(before, key)} | {_number(step, key)} "
-                f"| {meaning} |"
-            )
-    seconds = ", ".join(f"{name} {stage.seconds:.1f} s" for name, stage in step.stages.items())
-    lines += ["", f"Times: {seconds}.", "", f"Run: `{redact_url(status.run)}`"]
+    lines = [f"# {status.name}, EM iteration {step.iteration:03d} of {status.iterations}", ""]
     if picture is not None:
-        lines += ["", f"![Held-out observations, restored]({_data_uri(picture)})"]
+        lines += [f"![Held-out observations, restored]({_data_uri(picture)})", ""]
+    lines += [f"| | {name} | {step.iteration:03d} | better |", "|---|---|---|---|"]
+    shown = {k: m for k, m in step.metrics.items() if not k.endswith(("_floor", "_clean"))}
+    for key, metric in shown.items():
+        lines.append(
+            f"| {key.replace('_', ' ')} | {_number(before, key)} | {_number(step, key)} "
+            f"| {metric.better or ''} |"
+        )
+    seconds = ", ".join(f"{name} {stage.seconds:.1f} s" for name, stage in step.stages.items())
+    lines += ["", f"Times: {seconds}. Run: `{redact_url(status.run)}`", "", "What they are:", ""]
+    lines += [f"- **{key.replace('_', ' ')}**: {m.long_name}" for key, m in shown.items()]
     return "\n".join(lines)
 
 

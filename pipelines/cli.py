@@ -10,8 +10,13 @@ from __future__ import annotations
 import typer
 
 from pipelines.commands.bench import bench
+from pipelines.commands.check import check
+from pipelines.commands.export import export
 from pipelines.commands.ingest import ingest
+from pipelines.commands.reconstruct import reconstruct
 from pipelines.commands.run import run
+from pipelines.commands.sample import sample
+from pipelines.commands.serve import serve
 from pipelines.commands.status import status
 from pipelines.commands.verify import verify
 
@@ -25,8 +30,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _command in (run, status, verify, ingest, bench):
+for _command in (run, check, serve, status, verify, ingest, reconstruct, sample, export):
     app.command()(_command)
+app.add_typer(bench)
 
 
 def main() -> None:

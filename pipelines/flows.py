@@ -27,17 +27,17 @@ import functools
 import inspect
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
 from typing import Any
 
-from prefect import flow, tags, task
+from prefect import State, flow, tags, task
 from prefect.cache_policies import NO_CACHE, RUN_ID, CacheKeyFnPolicy
 from prefect.context import TagsContext, TaskRunContext
 from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
-from prefect.states import Cancelled, State
+from prefect.states import Cancelled
 from prefect.tasks import Task
 
 from pipelines import artifacts, build, cancellation, stages, watching
@@ -46,15 +46,20 @@ from pipelines.prefect_settings import has_server
 from pipelines.progress import reporter, use_reporter
 from pipelines.result_storage import result_storage
 from pipelines.run_log import LoggingReporter
-from pipelines.runners import devices
-from pipelines.runners.choice import open_runner, shard_resources, task_runner
+from pipelines.runners import devices, distributed
+from pipelines.runners.choice import (
+    open_runner,
+    shard_resources,
+    task_runner,
+    trains_from_here,
+)
 from pipelines.signals import PATIENCE
 from storage_schemas.config import RunConfig
 from storage_schemas.lease import RunLease
 from storage_schemas.redaction import without_secrets
 from storage_schemas.run_store import RunStore
 
-__all__ = ["advance_run", "em_iteration", "em_run"]
+__all__ = ["advance_run", "em_iteration", "em_run", "stage_task"]
 
 Json = dict[str, Any]
 
@@ -74,17 +79,24 @@ def _on_a_device(stage: Callable[..., Any]) -> Callable[..., Any]:
         pool = devices.current()
         try:
             cancellation.check()
-            return stage(*given) if pool is None else pool.call(stage.__name__, *given)
+            if pool is None or distributed.trains_together(stage.__name__, given[0]):
+                return stage(*given)
+            return pool.call(stage.__name__, *given)
         except cancellation.Cancelled as reason:
             return Cancelled(message=f"stopped at a resumable point: {reason}")
 
     return run
 
 
-def _stage(stage: Callable[..., Any], name: str, run_name: str) -> Task[..., Any]:
-    """Wrap a stage whose result is a small record, cached by digests."""
-    return task(
-        _on_a_device(stage),
+def stage_task(stage: Callable[..., Any], name: str, run_name: str) -> Task[..., Any]:
+    """Wrap a stage whose result is a small record, cached by digests.
+
+    Arguments:
+        stage: A function of JSON-able arguments, of which `run_url` is no part of the cache's key.
+        name: Name of the task, a part of the key.
+        run_name: Template of the task run's name.
+    """
+    wrap = task(
         name=name,
         task_run_name=run_name,
         cache_policy=CacheKeyFnPolicy(cache_key_fn=_key),
@@ -93,37 +105,39 @@ def _stage(stage: Callable[..., Any], name: str, run_name: str) -> Task[..., Any
         retry_condition_fn=worth_retrying,
         retry_delay_seconds=list(PAUSES),
     )
+    return wrap(_on_a_device(stage))
 
 
 def _always(stage: Callable[..., Any], name: str) -> Task[..., Any]:
     """Wrap a stage that looks into the store at every run."""
-    return task(
-        _on_a_device(stage),
+    wrap = task(
         name=name,
+        task_run_name=name,
         cache_policy=NO_CACHE,
         persist_result=False,
         retry_condition_fn=worth_retrying,
         retry_delay_seconds=list(PAUSES),
     )
+    return wrap(_on_a_device(stage))
 
 
 task_recover = _always(stages.recover, "check the run")
 task_observations = _always(stages.prepare_observations, "observations")
+task_follow = _always(stages.follow_observations, "new observations")
 task_start = _always(stages.fit_start, "start")
 task_commit = _always(stages.commit_iteration, "commit")
 task_prior = _always(stages.fit_prior, "prior")
 # A retried flow run matches its subflows by the order of the calls, so it has to make the same
 # calls as before.
 task_first_unfinished = task(
-    stages.first_unfinished_iteration,
     name="first unfinished iteration",
     cache_policy=RUN_ID,
     persist_result=True,
     result_serializer="json",
-)
-task_e_step = _stage(stages.e_step_shard, "e_step", "E-step · shard {shard:05d}")
-task_m_step = _stage(stages.refine_model, "m_step", "M-step")
-task_evaluate = _stage(stages.evaluate_iteration, "evaluate", "evaluation")
+)(stages.first_unfinished_iteration)
+task_e_step = stage_task(stages.e_step_shard, "e_step", "E-step, shard {shard:05d}")
+task_m_step = stage_task(stages.refine_model, "m_step", "M-step")
+task_evaluate = stage_task(stages.evaluate_iteration, "evaluate", "evaluation")
 
 
 @flow(
@@ -176,22 +190,18 @@ def _iterate(run_url: str, iteration: int) -> Json:
             shown.enter_context(
                 artifacts.showing_progress(f"{config.name}-m-step", f"M-step of {name}", steps)
             )
-        _wait(
-            task_m_step.with_options(refresh_cache=not m_step_done, **options),
-            run_url,
-            iteration,
-            digest,
-            digest_in,
-        )
+        train = task_m_step.with_options(refresh_cache=not m_step_done, **options)
+        arguments = (run_url, iteration, digest, digest_in)
+        if trains_from_here(config.runner):
+            trained: Any = train(*arguments, return_state=True)
+            trained.result()
+        else:
+            _wait(train, *arguments, resources=shard_resources(config.runner))
     model = stages.model_digest(run_url, iteration)
     evaluate_done = stages.is_done(run_url, iteration, "evaluate", model)
-    _wait(
-        task_evaluate.with_options(refresh_cache=not evaluate_done, **options),
-        run_url,
-        iteration,
-        digest,
-        model,
-    )
+    evaluate = task_evaluate.with_options(refresh_cache=not evaluate_done, **options)
+    resources = shard_resources(config.runner)
+    _wait(evaluate, run_url, iteration, digest, model, resources=resources)
     commit = task_commit.with_options(**_without_storage(options))
     _wait(commit, run_url, iteration, plan["shards"] - len(missing))
     artifacts.show_iteration(run_url, iteration)
@@ -232,15 +242,15 @@ def _reconstruct(run_url: str, iteration: int, plan: Json, options: Json) -> Non
     if stopped is not None:
         raise stopped
     if failed:
-        number, error = next(iter(failed.items()))
-        if len(failed) == 1 and isinstance(error, ValueError):
-            raise error
+        number, first = next(iter(failed.items()))
+        if len(failed) == 1 and isinstance(first, ValueError):
+            raise first
         names = ", ".join(f"{n:05d}" for n in list(failed)[:8])
         raise StageFailed(
             f"iteration {iteration:03d}: {len(failed)} of {len(shards)} E-step shards failed "
             f"({names}{', ...' if len(failed) > 8 else ''}); shard {number:05d}: "
-            f"{type(error).__name__}: {without_secrets(str(error))}"
-        ) from error
+            f"{type(first).__name__}: {without_secrets(str(first))}"
+        ) from first
 
 
 @flow(name="em_run", persist_result=False)
@@ -288,8 +298,9 @@ def advance_run(
         time_budget: Begin no EM iteration after this time; the first one always begins.
 
     Returns:
-        `complete` (nothing is left), `reason` (why it ended before, in words), what was `check`ed
-        and found, `start_reused`, `iterations` that had work left, `prior_reused`.
+        `complete` (nothing is left), `reason` (why it ended before its last iteration, in words),
+        what was `check`ed and found, `start_reused`, `iterations` that had work left,
+        `prior_reused`.
 
     Raises:
         LeaseHeld: Another process is writing the run.
@@ -327,7 +338,10 @@ def advance_run(
                 last = min(last, first + iterations_per_flow_run)
             done: dict[str, Json] = {}
             reason = f"{last} of {config.iterations} EM iterations, as many as one flow run does"
+            decision = stages.decide_stop(run_url)
             for iteration in range(first, last):
+                if decision["stop"]:
+                    break
                 lease.check()
                 cancellation.check()
                 spent = timedelta(seconds=time.monotonic() - began)
@@ -335,8 +349,13 @@ def advance_run(
                     reason = f"the time budget of {time_budget} is used up"
                     last = iteration
                     break
+                _wait(task_follow.with_options(**direct), run_url)
                 done[str(iteration)] = _run_iteration(run_url, iteration, config, options)
-            complete = last == config.iterations
+                decision = stages.decide_stop(run_url)
+            complete = last == config.iterations or decision["stop"]
+            if decision["stop"]:
+                store.write_stop(best=decision["best"], reason=decision["reason"])
+                reporter().note(decision["reason"])
             prior: Json = {}
             if complete and config.prior is not None:
                 prior = _wait(task_prior.with_options(**direct), run_url)
@@ -347,7 +366,7 @@ def advance_run(
             raise
     return {
         "complete": complete,
-        "reason": "" if complete else reason,
+        "reason": decision["reason"] if decision["stop"] else "" if complete else reason,
         "check": check,
         "start_reused": start["reused"],
         "iterations": done,
@@ -362,13 +381,18 @@ def _run_iteration(run_url: str, iteration: int, config: RunConfig, options: Jso
     )
     with tags(watching.TAG, watching.run_tag(run_url), config.name):
         # A plain call would return the state of a cancelled flow run, and not raise.
-        found: Json = run(run_url, iteration, config.name, return_state=True).result()
+        state: Any = run(run_url, iteration, config.name, return_state=True)
+    found: Json = state.result()
     return found
 
 
-def _wait(work: Task[..., Any], *args: Any) -> Any:
+def _wait(
+    work: Task[..., Any], *args: Any, resources: AbstractContextManager[Any] | None = None
+) -> Any:
     """Run a task beside this thread, which stays free to hear signals, and return its result."""
-    return _result(work.submit(*args))
+    with resources or nullcontext():
+        future = work.submit(*args)
+    return _result(future)
 
 
 def _result(future: PrefectFuture[Any]) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 from diffem_core.channel import Channel, Params
 from diffem_core.physics_channels import PhysicsChannel
 
-__all__ = ["image_preview", "observed_images", "vector_preview"]
+__all__ = ["image_preview", "observed_images", "to_rgb", "vector_preview"]
 
 _SHOWN_DRAWS = 3
 
@@ -78,18 +78,18 @@ def image_preview(
     low, high = value_range
     rows: list[tuple[str, NDArray[np.float64]]] = []
     if truth is not None:
-        rows.append(("truth", _to_rgb(truth, low, high)))
+        rows.append(("truth", to_rgb(truth, low, high)))
     if observed is not None:
-        observation = _to_rgb(observed, low, high)
+        observation = to_rgb(observed, low, high)
         if seen is not None:
             hidden = ~np.broadcast_to(seen[:, 0, :, :, None], observation.shape)
             observation = np.where(hidden, np.array([0.16, 0.24, 0.42]), observation)
         rows.append(("observed", observation))
     rows += [
-        (f"sample {s + 1}", _to_rgb(draws[s], low, high))
+        (f"sample {s + 1}", to_rgb(draws[s], low, high))
         for s in range(min(_SHOWN_DRAWS, len(draws)))
     ]
-    rows.append((f"mean of {len(draws)}", _to_rgb(draws.mean(axis=0), low, high)))
+    rows.append((f"mean of {len(draws)}", to_rgb(draws.mean(axis=0), low, high)))
     spread = _spread(draws)
     count, height, width = spread.shape
 
@@ -163,7 +163,7 @@ def vector_preview(
     return _png(figure)
 
 
-def _to_rgb(images: NDArray[np.float32], low: float, high: float) -> NDArray[np.float64]:
+def to_rgb(images: NDArray[np.float32], low: float, high: float) -> NDArray[np.float64]:
     """Bring (n, C, H, W) to (n, H, W, 3) in [0, 1]; anything but three bands becomes grey."""
     values = np.asarray(images, np.float64)
     if values.shape[1] == 2:

@@ -11,7 +11,14 @@ from diffem_core.channel import Channel
 from diffem_core.posterior import DiffusionPrior
 from diffem_core.scaling import Scaling
 from diffem_core.seeds import derive_seed
-from pipelines.evaluation import Observed, Truth, distance_to_clean, divergences
+from pipelines.evaluation import (
+    TWO_SAMPLE,
+    Observed,
+    Truth,
+    distance_to_clean,
+    divergences,
+    spare_observations,
+)
 from storage_schemas.config import EvaluationConfig
 from storage_schemas.metrics import Metric, Metrics
 
@@ -54,6 +61,7 @@ def evaluate_prior(
     scaling: Scaling,
     config: EvaluationConfig,
     holdout: Observed,
+    others: Observed,
     truth: Truth | None,
     floors: Mapping[str, Metric],
     seed: int,
@@ -66,16 +74,27 @@ def evaluate_prior(
         scaling: The change to network units.
         config: What to measure.
         holdout: Held-out observations.
+        others: Observations of the training split, as in `evaluate`: features are fitted to some.
         truth: Clean samples, or None where nobody knows them.
         floors: Metrics of the start, whose floors in observation space are taken over.
         seed: Seed of the corruption.
 
     Returns:
-        The divergence between corrupted samples and held-out observations and, where clean
-        samples are known, the distance between both.
+        The divergence and the monitors between corrupted samples and held-out observations and,
+        where clean samples are known, the distance between both.
     """
-    ours = {k: m for k, m in floors.items() if k.startswith(("divergence", "sliced"))}
-    values = divergences(channel, scaling, samples, holdout, None, ours, seed)
+    names = {f"{name}_floor" for name in TWO_SAMPLE}
+    values = divergences(
+        channel,
+        scaling,
+        samples,
+        holdout,
+        None,
+        {name: metric for name, metric in floors.items() if name in names},
+        seed,
+        monitors=config.monitors,
+        spare=spare_observations(config, others),
+    )
     if truth is not None:
         values |= distance_to_clean(samples, truth, truth.training, config, scaling)
     return Metrics(values=values)

@@ -7,6 +7,7 @@ is downloaded. Data of one's own come through `ingest`.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ __all__ = [
     "CleanSamples",
     "choose_holdout",
     "load_clean_samples",
+    "require_patches",
     "require_source",
     "smooth_manifold",
     "with_smooth_phase",
@@ -190,14 +192,30 @@ def with_smooth_phase(
     return np.asarray(x * np.stack([np.cos(phi), np.sin(phi)], axis=1), np.float32)
 
 
-def _photos(config: PhotosData) -> CleanSamples:
-    patches = np.concatenate([_patches(photo, config) for photo in _photographs()])
-    if config.samples > len(patches):
+def require_patches(config: PhotosData) -> None:
+    """Check that the photographs hold as many patches as a config asks for.
+
+    Raises:
+        ValueError: They hold fewer.
+    """
+    grey = config.model_copy(update={"bands": 1, "samples": 1, "holdout": 1, "limit": None})
+    held = _count_patches(grey)
+    if config.samples > held:
         raise ValueError(
-            f"data.samples is {config.samples} but the photographs hold {len(patches)} patches of "
+            f"data.samples is {config.samples} but the photographs hold {held} patches of "
             f"{config.size} x {config.size} pixels at downscale {config.downscale} and min_std "
             f"{config.min_std}; lower data.samples, size, downscale or min_std"
         )
+
+
+@functools.lru_cache(maxsize=8)
+def _count_patches(config: PhotosData) -> int:
+    return sum(len(_patches(photo, config)) for photo in _photographs())
+
+
+def _photos(config: PhotosData) -> CleanSamples:
+    require_patches(config)
+    patches = np.concatenate([_patches(photo, config) for photo in _photographs()])
     order = np.random.default_rng(_PATCH_ORDER_SEED).permutation(len(patches))
     return CleanSamples(
         patches[order[: config.samples]],

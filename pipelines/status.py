@@ -66,6 +66,10 @@ class RunStatus(Record):
     """EM iterations that have begun, in order."""
     prior: StepStatus | None = None
     """The prior, where one is wanted."""
+    stopped: str | None = None
+    """Why the stopping rule ended it before its last iteration; None while it has not."""
+    best: int | None = None
+    """The best iteration, where the stopping rule ended it."""
 
 
 def read_status(store: RunStore) -> RunStatus:
@@ -102,7 +106,9 @@ def read_status(store: RunStore) -> RunStatus:
     lease = read_lease(store.objects)
     writing = lease is not None and not lease.available(now())
     prior = None if store.config.prior is None else _prior(store, completed)
-    done = committed is not None and len(completed) >= store.config.iterations
+    stopped = store.stopped()
+    enough = len(completed) >= store.config.iterations or stopped is not None
+    done = committed is not None and enough
     done = done and (prior is None or prior.state == "complete")
     return RunStatus(
         run=redact_url(store.url),
@@ -118,6 +124,8 @@ def read_status(store: RunStore) -> RunStatus:
         start=start,
         history=tuple(history),
         prior=prior,
+        stopped=None if stopped is None else stopped.reason,
+        best=None if stopped is None else stopped.best,
     )
 
 

@@ -178,7 +178,23 @@ def _print_history(
                 markup=False,
                 soft_wrap=True,
             )
+    for step in steps:
+        collapse = step.metrics.get("collapse")
+        if collapse is not None and collapse.value:
+            console.print(
+                f"  {_name(status, step)}: {collapse.long_name}",
+                style="bold",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
     console.print()
+
+
+def _name(status: RunStatus, step: StepStatus) -> str:
+    if step is status.start:
+        return "start"
+    return "prior" if step.iteration is None else f"iteration {step.iteration:03d}"
 
 
 def _console() -> Console:

@@ -14,10 +14,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 import httpx
-from prefect import get_client
+from prefect import State, get_client
 from prefect.automations import Automation
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -75,8 +76,10 @@ def mark_abandoned(run_url: str) -> int:
         for flow_run in running:
             if flow_run.id == own.flow_run.id:
                 continue
-            state = Crashed(message="Its process ended without a word; another one goes on.")
-            client.set_flow_run_state(flow_run.id, state, force=True)
+            crashed: State[Any] = Crashed(
+                message="Its process ended without a word; another one goes on."
+            )
+            client.set_flow_run_state(flow_run.id, crashed, force=True)
             found += 1
     return found
 

@@ -7,6 +7,7 @@
     iterations/000/shards/00007.json       ShardManifest            after the shard's object
     iterations/000/stages/m_step.json      StageRecord              after the stage's objects
     iterations/000/iteration.json          IterationManifest        last; create-only
+    stop.json                              StopRecord               once a stopping rule ends it
     prior/prior.json                       PriorManifest            last
 
 An object counts only if a manifest names it, and a manifest only if it answers to its own checksum
@@ -24,7 +25,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from storage_schemas._base import Record
-from storage_schemas.config import RunConfig
+from storage_schemas.config import RunConfig, StopConfig
 from storage_schemas.metrics import Metrics
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "ShardManifest",
     "StageRecord",
     "StartManifest",
+    "StopRecord",
 ]
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -115,6 +117,11 @@ class ObservationsManifest(Record):
     """Unit of the values."""
     source: str
     """Where the observations come from, in words."""
+    copied: tuple[Digest, ...] = ()
+    """Data digests of the generations of another store that were copied; none if they were made
+    here."""
+    from_iteration: NonNegativeInt = 0
+    """The first EM iteration that learns from them: later than 0 where they came later."""
     objects: dict[str, ObjectRecord]
     """Every object of `observations.zarr`, by path in the run."""
     seconds: NonNegativeFloat
@@ -238,6 +245,21 @@ class IterationManifest(_Commit):
     """Reconstructions."""
     shards: PositiveInt
     """Shards of the reconstructions."""
+
+
+class StopRecord(Record):
+    """`stop.json`: the stopping rule ended the run before its last iteration."""
+
+    schema_version: Literal[1] = 1
+    """Version of this schema."""
+    rule: StopConfig
+    """The rule; the record counts as long as the config has the same."""
+    model_digest: Digest
+    """Digest of the last complete iteration's model; it counts as long as that is the last one."""
+    best: NonNegativeInt
+    """The best iteration by the rule's monitor."""
+    reason: str
+    """Why, in words."""
 
 
 class PriorManifest(_Commit):

@@ -19,6 +19,12 @@ class Metric(Record):
     """The number; None where it cannot be known. Never NaN or infinite."""
     standard_error: float | None = None
     """Standard error of the number, where it has one."""
+    interval: tuple[float, float] | None = None
+    """Ends of its 95 % confidence interval, where it has one."""
+    p_value: float | None = None
+    """Probability of a number at least as telling if nothing is wrong, where it is a test."""
+    bins: tuple[float, ...] | None = None
+    """Bars of the histogram behind it, as shares, where there is one."""
     long_name: str
     """What it is, in words."""
     units: str = "1"

@@ -92,6 +92,10 @@ class ObjectStore:
             )
         return ObjectStore, (self.url,)
 
+    def below(self, folder: str) -> ObjectStore:
+        """Return the store of the objects in a folder."""
+        return ObjectStore(f"{self.url}/{_checked(folder)}", self._options)
+
     def read(self, path: str) -> bytes:
         """Return an object's bytes; FileNotFoundError if it does not exist."""
         return self._backend.read(_checked(path))

@@ -2,18 +2,19 @@
 
 Blocks of any length come in and whole shards go out, so that memory holds one shard and one
 block, however many observations there are. Order of writing: shards, sample ids and split,
-metadata, seal. Until the seal is there nothing of it counts, and the next attempt begins anew. A
-store that is sealed is written again only with the same numbers (to repair it): others are refused
-before they touch it.
+metadata, seal. Until the seal is there nothing of it counts, and the next attempt begins anew,
+unless its caller knows the shards that are there (`unsealed`). A store that is sealed is written
+again only with the same numbers (to repair it): others are refused before they touch it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +27,14 @@ from storage_schemas.layout import StoreLayout, observation_layout
 from storage_schemas.manifests import ObjectRecord, ObservationsManifest
 from storage_schemas.objects import ObjectStore
 
-__all__ = ["ObservationBlock", "Observations", "Split", "read_seal", "write_observations"]
+__all__ = [
+    "ObservationBlock",
+    "Observations",
+    "Split",
+    "layout_of",
+    "read_seal",
+    "write_observations",
+]
 
 Split = Literal["train", "holdout"]
 Rows = slice | NDArray[np.int64] | None
@@ -72,6 +80,41 @@ def read_seal(objects: ObjectStore) -> ObservationsManifest | None:
     return read_json(objects, SEAL, ObservationsManifest)
 
 
+def layout_of(
+    arrays: Mapping[str, NDArray[Any]],
+    *,
+    samples: int,
+    x_shape: tuple[int, ...],
+    units: str,
+    attributes: Mapping[str, Any],
+) -> StoreLayout:
+    """Return the layout of observations such as those of a block.
+
+    Arguments:
+        arrays: `ObservationBlock.arrays()`.
+        samples: How many there are in all.
+        x_shape: Shape of one clean sample.
+        units: Unit of the values.
+        attributes: Provenance, put on the group.
+    """
+    specs = {path: (a.shape[1:], a.dtype.name) for path, a in arrays.items()}
+    return observation_layout(
+        samples=samples,
+        x_shape=x_shape,
+        y_shape=specs["observation"][0],
+        y_dtype=specs["observation"][1],
+        parameters={
+            path.removeprefix("params/"): spec
+            for path, spec in specs.items()
+            if path.startswith("params/")
+        },
+        x_dtype=specs["truth/clean"][1] if "truth/clean" in specs else None,
+        label_dtype=specs["truth/label"][1] if "truth/label" in specs else None,
+        units=units,
+        attributes=dict(attributes),
+    )
+
+
 def write_observations(
     objects: ObjectStore,
     blocks: Iterable[ObservationBlock],
@@ -81,6 +124,9 @@ def write_observations(
     source: str,
     attributes: Mapping[str, Any],
     data_digest: str | None = None,
+    kept: Mapping[str, ObjectRecord] | None = None,
+    copied: Sequence[str] = (),
+    from_iteration: int = 0,
 ) -> ObservationsManifest:
     """Write observations and seal them.
 
@@ -92,6 +138,10 @@ def write_observations(
         source: Where they come from, in words.
         attributes: Provenance, put on the group.
         data_digest: Digest that the numbers must have, where something was computed from them.
+        kept: Objects by path that are there already and are not written again; it may grow while
+            blocks are read. By default everything that nobody sealed is deleted first.
+        copied: Data digests of the generations of another store that they are copied from.
+        from_iteration: The first EM iteration that learns from them.
 
     Returns:
         The seal: the one that was there if the store was sealed already.
@@ -104,7 +154,7 @@ def write_observations(
 
     began = time.monotonic()
     sealed = read_seal(objects)
-    if sealed is None:
+    if sealed is None and kept is None:
         objects.delete_folder(FOLDER)
     stream = _checked(blocks, x_shape)
     try:
@@ -114,20 +164,8 @@ def write_observations(
     specs = {path: (a.shape[1:], a.dtype.name) for path, a in first.items()}
 
     def layout(samples: int) -> StoreLayout:
-        return observation_layout(
-            samples=samples,
-            x_shape=x_shape,
-            y_shape=specs["observation"][0],
-            y_dtype=specs["observation"][1],
-            parameters={
-                path.removeprefix("params/"): spec
-                for path, spec in specs.items()
-                if path.startswith("params/")
-            },
-            x_dtype=specs["truth/clean"][1] if "truth/clean" in specs else None,
-            label_dtype=specs["truth/label"][1] if "truth/label" in specs else None,
-            units=units,
-            attributes=dict(attributes),
+        return layout_of(
+            first, samples=samples, x_shape=x_shape, units=units, attributes=attributes
         )
 
     records: dict[str, ObjectRecord] = {}
@@ -139,7 +177,8 @@ def write_observations(
                 f"the observations given are not those sealed in {SEAL} ({path} would differ); "
                 "give the same, or another --store or name for a new run"
             )
-        objects.write(path, data)
+        if kept is None or kept.get(path) != record:
+            objects.write(path, data)
         records[path] = record
 
     digests = {path: hashlib.sha256() for path in first}
@@ -158,8 +197,8 @@ def write_observations(
             encoded = zarr_objects.encode_rows(metadata[f"{path}/zarr.json"], start, values)
             for key, data in encoded.items():
                 put(f"{FOLDER}/{path}/{key}", data)
-        ids.append(shard["sample"])
-        splits.append(shard["split"])
+        ids.append(shard["sample"].copy())
+        splits.append(shard["split"].copy())
         start += count
     sample, split = np.concatenate(ids), np.concatenate(splits)
     _require_unique(sample)
@@ -192,6 +231,8 @@ def write_observations(
         labels="truth/label" in specs,
         units=units,
         source=source,
+        copied=tuple(copied),
+        from_iteration=from_iteration,
         objects=dict(sorted(records.items())),
         seconds=time.monotonic() - began,
         finished=datetime.now(UTC),
@@ -244,6 +285,11 @@ class Observations:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many of them came together, in order: all, unless they grew (`generations`)."""
+        return (len(self),)
 
     @property
     def x_shape(self) -> tuple[int, ...]:
@@ -356,23 +402,25 @@ def _spec(spec: tuple[tuple[int, ...], np.dtype[Any]] | None) -> str:
 def _rebuffered(
     first: dict[str, NDArray[Any]], rest: Iterator[dict[str, NDArray[Any]]], rows: int
 ) -> Iterator[dict[str, NDArray[Any]]]:
-    """Cut a stream of blocks into pieces of `rows` rows; the last may be shorter."""
-    held, count = [first], len(first["sample"])
-    exhausted = False
-    while not exhausted:
-        while count < rows and not exhausted:
-            block = next(rest, None)
-            if block is None:
-                exhausted = True
-            else:
-                held.append(block)
-                count += len(block["sample"])
-        joined = {path: np.concatenate([block[path] for block in held]) for path in first}
-        whole = count if exhausted else count - count % rows
-        for start in range(0, whole, rows):
-            yield {path: values[start : start + rows] for path, values in joined.items()}
-        held = [{path: values[whole:].copy() for path, values in joined.items()}]
-        count -= whole
+    """Cut a stream of blocks into pieces of `rows` rows; the last may be shorter.
+
+    A piece is overwritten by the next one: new buffers for each would leave several times as much
+    memory with the process.
+    """
+    buffers = {path: np.empty((rows, *a.shape[1:]), a.dtype) for path, a in first.items()}
+    held = 0
+    for block in chain([first], rest):
+        used = 0
+        while used < len(block["sample"]):
+            take = min(len(block["sample"]) - used, rows - held)
+            for path, values in block.items():
+                buffers[path][held : held + take] = values[used : used + take]
+            held, used = held + take, used + take
+            if held == rows:
+                yield buffers
+                held = 0
+    if held:
+        yield {path: values[:held] for path, values in buffers.items()}
 
 
 def _require_unique(sample: NDArray[np.int64]) -> None:

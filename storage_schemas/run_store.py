@@ -2,6 +2,7 @@
 
     run.json                    config, provenance; create-only
     observations.zarr, .json    observations, sealed by the JSON
+    generations/001/ ...        observations that came later (`generations`)
     start/                      what makes the first reconstructions
     iterations/000/ ...         EM iterations
     prior/                      the model of clean data alone, where one is wanted
@@ -12,11 +13,11 @@ Nothing here imports Zarr or xarray before an array is touched, so that `diffem 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from storage_schemas.config import RunConfig
+from storage_schemas.config import RunConfig, StoreData
 from storage_schemas.documents import create_json, decode_json, read_json, write_json
 from storage_schemas.errors import (
     ConfigMismatch,
@@ -25,6 +26,7 @@ from storage_schemas.errors import (
     SchemaMismatch,
     UnusableStore,
 )
+from storage_schemas.generations import GrownObservations, generation_store, read_generations
 from storage_schemas.integrity import is_whole
 from storage_schemas.iteration_store import IterationStore
 from storage_schemas.lease import held_elsewhere
@@ -34,6 +36,7 @@ from storage_schemas.manifests import (
     Provenance,
     RunManifest,
     StartManifest,
+    StopRecord,
 )
 from storage_schemas.objects import ObjectStore, redact_url
 from storage_schemas.observations import (
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
 __all__ = ["RunStore", "config_differences"]
 
 RUN = "run.json"
+STOP = "stop.json"
 
 
 class RunStore:
@@ -170,10 +174,13 @@ class RunStore:
         units: str = "1",
         source: str = "",
         attributes: Mapping[str, Any] | None = None,
+        generation: int = 0,
+        copied: Sequence[str] = (),
+        from_iteration: int = 0,
     ) -> ObservationsManifest:
         """Write the observations and seal them, or repair them with the same numbers.
 
-        See `observations.write_observations`.
+        See `observations.write_observations`, and `generations` for those that come later.
         """
         provenance = {
             "title": "DiffEM observations",
@@ -183,20 +190,37 @@ class RunStore:
             "source": source,
             **(attributes or {}),
         }
-        start = self.start().manifest()
+        start = self.start().manifest() if generation == 0 else None
         return write_observations(
-            self.objects,
+            generation_store(self.objects, generation),
             blocks,
             x_shape=x_shape,
             units=units,
             source=source,
             attributes=provenance,
             data_digest=start.parent_digest if start else None,
+            copied=copied,
+            from_iteration=from_iteration,
         )
 
     def observations(self, split: Split | None = None) -> Observations:
-        """Return a reader of the observations, of one split or of all."""
+        """Return a reader of the observations, of one split or of all.
+
+        Where observations came later (`generations`), these are the first ones: those that the
+        start was fitted to, and that everything is judged by.
+        """
         return Observations(self.objects, split)
+
+    def generations(self) -> list[ObservationsManifest]:
+        """Return the seals of the observations that came together, in order."""
+        return read_generations(self.objects)
+
+    def training(self, iteration: int) -> Observations:
+        """Return a reader of the training observations that an EM iteration learns from."""
+        if not (isinstance(self.config.data, StoreData) and self.config.data.follow):
+            return self.observations("train")
+        known = sum(seal.from_iteration <= iteration for seal in self.generations())
+        return GrownObservations(self.objects, "train", known)
 
     # -------------------------------------------------------------------------------------- stages
 
@@ -236,6 +260,27 @@ class RunStore:
             chain.append(manifest)
             parent = manifest.model_digest
         return chain
+
+    def stopped(self) -> StopRecord | None:
+        """Return why the stopping rule ended the run; None while it has not, or not this run."""
+        try:
+            record = read_json(self.objects, STOP, StopRecord)
+        except DamageError:
+            return None  # decided anew from the iterations' metrics
+        completed = self.completed()
+        if record is None or record.rule != self.config.stop or not completed:
+            return None
+        return record if record.model_digest == completed[-1].model_digest else None
+
+    def write_stop(self, *, best: int, reason: str) -> None:
+        """Record that the stopping rule ended the run after the last complete iteration."""
+        record = StopRecord(
+            rule=self.config.stop,
+            model_digest=self.completed()[-1].model_digest,
+            best=best,
+            reason=reason,
+        )
+        write_json(self.objects, STOP, record)
 
     def parent_digest(self, iteration: int) -> str | None:
         """Return the digest of the model that draws an iteration's reconstructions.

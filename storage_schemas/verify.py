@@ -26,6 +26,7 @@ from storage_schemas import observations, prior_store, reconstructions, start_st
 from storage_schemas._base import Record
 from storage_schemas.documents import decode_json, read_json
 from storage_schemas.errors import DamageError, SchemaMismatch
+from storage_schemas.generations import GENERATIONS, generation_folder, generation_store
 from storage_schemas.integrity import joined, problem_of
 from storage_schemas.iteration_store import IterationStore
 from storage_schemas.lease import held_elsewhere
@@ -42,6 +43,7 @@ from storage_schemas.manifests import (
 )
 from storage_schemas.metrics import Metrics
 from storage_schemas.objects import ObjectStore
+from storage_schemas.observations import Observations
 from storage_schemas.prior_store import PriorStore
 from storage_schemas.run_store import RUN, RunStore
 from storage_schemas.stage_folder import CHECKPOINT, METRICS
@@ -50,7 +52,13 @@ __all__ = ["Finding", "VerifyReport", "recover", "repair", "verify"]
 
 _Model = TypeVar("_Model", bound=Record)
 
-_OWN = (f"{observations.FOLDER}/", "start/", "iterations/", f"{prior_store.FOLDER}/")
+_OWN = (
+    f"{observations.FOLDER}/",
+    f"{GENERATIONS}/",
+    "start/",
+    "iterations/",
+    f"{prior_store.FOLDER}/",
+)
 """Folders in which nothing else may lie; what people put beside them is theirs."""
 
 
@@ -196,6 +204,7 @@ class _Check:
         self.sizes = objects.sizes()
         self._run_manifest()
         data_digest = self._observations()
+        self._generations()
         parent = self._start(data_digest)
         self._iterations(parent)
         self._prior()
@@ -238,6 +247,42 @@ class _Check:
         if not self.quick and before == len(self.missing) + len(self.damaged):
             self._decode_observations(seal)
         return seal.data_digest
+
+    def _generations(self) -> None:
+        """Check the observations that came later, and that none of them are gone."""
+        last = max(
+            (int(n) for n in self.store.objects.children(GENERATIONS) if n.isdecimal()), default=0
+        )
+        for number in range(1, last + 1):
+            folder = generation_folder(number)
+            path = joined(folder, observations.SEAL)
+            self.named.add(path)
+            seal = self._document(path, ObservationsManifest)
+            if seal is None:
+                contents = self._contents(folder)
+                self.named.update(contents)
+                if not self.store.objects.exists(path):
+                    if number < last:
+                        self._miss(path, "is missing although later observations are there")
+                    elif contents:
+                        self._unfinished(folder, "the observations are not complete")
+                continue
+            before = len(self.missing) + len(self.damaged)
+            self._compare(seal.objects, folder)
+            if not self.quick and before == len(self.missing) + len(self.damaged):
+                self._decode_observations(seal, number)
+
+    def _require_learned_from(self, iteration: IterationStore, samples: int) -> None:
+        """Miss observations that an iteration learned from and that are nowhere."""
+        try:
+            seals = self.store.generations()
+        except DamageError:
+            return  # which is said already
+        known = [seal for seal in seals if seal.from_iteration <= iteration.iteration]
+        if seals and samples > sum(seal.samples - seal.holdout for seal in known):
+            path = joined(generation_folder(len(known)), observations.SEAL)
+            if path not in {fault.path for fault in self.missing}:
+                self._miss(path, f"is missing although {iteration.prefix} learned from it")
 
     def _start(self, data_digest: str | None) -> str | None:
         start = self.store.start()
@@ -318,6 +363,7 @@ class _Check:
             self._damage(path, "was computed from another model than the one before it")
         if manifest.config_digest != self.store.manifest.config_digest:
             self._damage(path, "was computed with another config")
+        self._require_learned_from(iteration, manifest.samples)
         before = len(self.missing) + len(self.damaged)
         self._compare(manifest.objects, iteration.prefix)
         if not self.quick and before == len(self.missing) + len(self.damaged):
@@ -333,6 +379,7 @@ class _Check:
         plan = self._document(plan_path, ReconstructionsManifest)
         if plan is not None:
             self._compare(plan.objects, iteration.prefix)
+            self._require_learned_from(iteration, plan.samples)
         self.contents = self.store.objects.read_many(p for p in contents if _is_small(p))
         for path in contents:
             name = path.removeprefix(f"{iteration.prefix}/")
@@ -389,18 +436,20 @@ class _Check:
             if self.on_object is not None:
                 self.on_object(path, size or 0)
 
-    def _decode_observations(self, seal: ObservationsManifest) -> None:
+    def _decode_observations(self, seal: ObservationsManifest, generation: int = 0) -> None:
+        folder = generation_folder(generation)
         try:
-            reader = self.store.observations()
+            reader = Observations(generation_store(self.store.objects, generation))
             for start in range(0, seal.samples, 4096):
                 rows = slice(start, start + 4096)
                 arrays = {"observation": reader.y(rows), "truth/clean": reader.truth(rows)}
                 arrays |= {f"params/{n}": a for n, a in reader.params(rows).items()}
                 for name, values in arrays.items():
                     if values is not None and not np.isfinite(values).all():
-                        self._damage(f"{observations.FOLDER}/{name}", "is not finite")
+                        path = joined(folder, f"{observations.FOLDER}/{name}")
+                        self._damage(path, "is not finite")
         except DamageError as error:
-            self._damage(error.path, error.problem)
+            self._damage(joined(folder, error.path), error.problem)
 
     def _decode_iteration(self, iteration: IterationStore, manifest: IterationManifest) -> None:
         try:

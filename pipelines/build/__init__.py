@@ -10,6 +10,7 @@ from pipelines.build.channel import (
     stand_in_prior,
 )
 from pipelines.build.model import build_denoiser, build_schedule, build_times
+from pipelines.build.monitors import build_features, build_stop_rule
 from pipelines.build.sampling import (
     build_grid,
     build_posterior,
@@ -37,6 +38,7 @@ __all__ = [
     "build_conditioning_channel",
     "build_denoiser",
     "build_device",
+    "build_features",
     "build_grid",
     "build_learning_rate",
     "build_posterior",
@@ -46,6 +48,7 @@ __all__ = [
     "build_sampler",
     "build_scaling",
     "build_schedule",
+    "build_stop_rule",
     "build_temperature",
     "build_times",
     "build_validation",

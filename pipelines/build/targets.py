@@ -27,7 +27,7 @@ def build_target(target: str, *values: object, arguments: Mapping[str, Any], key
         What the call returned.
 
     Raises:
-        ValueError: There is no such module or name, or it does not take these arguments.
+        ValueError: There is no such module or name, it does not take these arguments, or it fails.
     """
     module_name, _, name = target.partition(":")
     here = str(Path.cwd())
@@ -55,4 +55,11 @@ def build_target(target: str, *values: object, arguments: Mapping[str, Any], key
             f"{sorted(arguments)}, which it does not take ({error}); its signature is "
             f"{inspect.signature(found)}"
         ) from error
-    return found(*values, **arguments)
+    try:
+        return found(*values, **arguments)
+    # It is the user's own, and raises whatever its code runs into.
+    except Exception as error:
+        raise ValueError(
+            f"{key}: {target} failed on {sorted(arguments) or 'no'} arguments: {error} "
+            f"({type(error).__name__}); correct it, or its arguments"
+        ) from error

@@ -5,21 +5,24 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, assert_never
 
+from pipelines.runners.distributed import training_workers
 from storage_schemas.config import LocalRunner, RayRunner
 from storage_schemas.config import RunnerConfig as Config
 
-__all__ = ["open_runner", "shard_resources", "task_runner"]
+__all__ = ["open_runner", "shard_resources", "task_runner", "trains_from_here"]
 
 
 def open_runner(config: Config) -> AbstractContextManager[Any]:
-    """Return a context in which the devices of this machine are ready for stages."""
+    """Return a context in which this machine's devices, or the cluster, are ready for stages."""
     match config:
         case LocalRunner():
             from pipelines.runners.devices import open_devices
 
             return open_devices(config)
         case RayRunner():
-            return nullcontext()
+            from pipelines.runners.ray import cluster
+
+            return cluster(config)
     assert_never(config)
 
 
@@ -50,3 +53,12 @@ def shard_resources(config: Config) -> AbstractContextManager[Any]:
 
             return resources(config)
     assert_never(config)
+
+
+def trains_from_here(config: Config) -> bool:
+    """Tell whether the M-step has to be called by the flow's own process.
+
+    A training in several processes of a cluster asks for their resources itself; as a task of the
+    cluster it would hold some of them and wait for the rest.
+    """
+    return isinstance(config, RayRunner) and training_workers(config) > 1

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 from pipelines import cancellation
 from pipelines.progress import SilentReporter, reporter, use_reporter
 from pipelines.runners.devices import (
+    GPUS_VARIABLE,
     GRACE_SECONDS,
     THREADS_VARIABLE,
     Device,
@@ -38,6 +39,7 @@ from pipelines.runners.devices import (
     find_stage,
 )
 from storage_schemas.config import LocalRunner, RayRunner, RunnerConfig
+from storage_schemas.run_store import RunStore
 
 if TYPE_CHECKING:
     from diffem_core.data_parallel import DataParallel
@@ -51,6 +53,7 @@ __all__ = [
     "rank_devices",
     "train_together",
     "training_workers",
+    "trains_together",
 ]
 
 TIMEOUT = timedelta(hours=1)
@@ -87,6 +90,13 @@ def training_workers(config: RunnerConfig) -> int:
     if isinstance(config, LocalRunner) and config.device in ("auto", "cuda"):
         return max(1, count_gpus())
     return 1
+
+
+def trains_together(stage: str, run_url: str) -> bool:
+    """Tell whether a stage starts processes of its own, which need all devices of the machine."""
+    if stage not in ("refine_model", "fit_prior"):
+        return False
+    return training_workers(RunStore.open(run_url).config.runner) > 1
 
 
 def train_together(stage: str, args: Sequence[Any], config: RunnerConfig, size: int) -> None:
@@ -134,7 +144,8 @@ def rank_devices(config: LocalRunner, size: int) -> tuple[Device, ...]:
             f"a GPU of its own and there are {gpus}; set m_step_workers to at most that, with "
             "device 'auto'"
         )
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    # A worker is bound to one of the GPUs, but told of all.
+    given = os.environ.get(GPUS_VARIABLE) or os.environ.get("CUDA_VISIBLE_DEVICES")
     visible = [str(i) for i in range(gpus)] if given is None else given.split(",")
     return tuple(
         Device(f"GPU {gpu.strip()}", {**shared, "CUDA_VISIBLE_DEVICES": gpu.strip()})

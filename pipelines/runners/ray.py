@@ -3,7 +3,7 @@
     shard      one Ray task with `gpus_per_shard` GPUs and `cpus_per_shard` processors, through
                Prefect's task runner for Ray; a shard whose node dies is started again elsewhere
     M-step     one such task; with `m_step_workers` > 1 a Ray Train job of so many processes, each
-               with the resources of a shard, that does the same stage as processes of one machine
+               with the resources of a shard, that do the same stage as processes of one machine
 
 Every process of the cluster writes to the run itself, and tells the Prefect server what it does:
 both have to be reached from every node. Nothing here decides what is done; the store does.
@@ -12,14 +12,16 @@ both have to be reached from every node. Nothing here decides what is done; the 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import AbstractContextManager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import ray
 from prefect.exceptions import CancelledRun
@@ -27,9 +29,10 @@ from prefect_ray import RayTaskRunner
 from prefect_ray.context import remote_options
 from prefect_ray.task_runners import PrefectRayFuture
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines import cancellation
-from pipelines.runners.devices import THREADS_VARIABLE, find_stage
+from pipelines.runners.devices import GRACE_SECONDS, THREADS_VARIABLE, find_stage
 from pipelines.runners.distributed import TIMEOUT, RankDied
 from storage_schemas.config import RayRunner
 
@@ -138,60 +141,11 @@ def _api_url() -> str:
     return str(url)
 
 
-# --------------------------------------------------------------------------------------- shards
-
-
-class ClusterFuture(PrefectRayFuture[Any]):
-    """A task on the cluster; waiting for it ends as soon as an end is asked for."""
-
-    def result(self, timeout: float | None = None, raise_on_failure: bool = True) -> Any:
-        """Wait for the task and return its result.
-
-        Raises:
-            CancelledRun: An end was asked for; the task is cancelled.
-            BaseException: What the task raised.
-        """
-        self.wait(timeout)
-        return super().result(timeout=timeout, raise_on_failure=raise_on_failure)
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Wait for the task.
-
-        Raises:
-            CancelledRun: An end was asked for; the task is cancelled.
-        """
-        waited = 0.0
-        while timeout is None or waited < timeout:
-            ready, _ = ray.wait([self.wrapped_future], timeout=_POLL_SECONDS)
-            if ready:
-                break
-            waited += _POLL_SECONDS
-            reason = cancellation.requested()
-            if reason is not None:
-                # An unfinished shard leaves nothing behind: its object is written in one piece.
-                ray.cancel(self.wrapped_future, force=True)
-                raise CancelledRun(reason)
-        else:
-            return
-        super().wait(timeout)
-
-
-class ClusterTaskRunner(RayTaskRunner[Any]):
-    """Prefect's task runner for Ray, whose futures heed `cancellation`."""
-
-    def submit(self, *args: Any, **kwargs: Any) -> ClusterFuture:
-        """Submit a task to the cluster; see `RayTaskRunner.submit`."""
-        future = super().submit(*args, **kwargs)
-        return ClusterFuture(
-            task_run_id=future.task_run_id, wrapped_future=future.wrapped_future
-        )
-
-
-# --------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------- asking for an end
 
 
 class _Wish:
-    """An actor that knows whether the training should end, and why."""
+    """An actor that knows whether the work of this job should end, and why."""
 
     def __init__(self) -> None:
         self._reason: str | None = None
@@ -201,6 +155,119 @@ class _Wish:
 
     def get(self) -> str | None:
         return self._reason
+
+
+def _wish() -> Any:
+    """Return this job's actor of that kind; it is made where there is none, on this node."""
+    context = ray.get_runtime_context()
+    here = NodeAffinitySchedulingStrategy(node_id=context.get_node_id(), soft=True)
+    return (
+        ray.remote(_Wish)
+        .options(
+            name=f"diffem-wish-{context.get_job_id()}",
+            get_if_exists=True,
+            num_cpus=0,
+            scheduling_strategy=here,
+        )
+        .remote()
+    )
+
+
+@contextlib.contextmanager
+def _heeding() -> Iterator[None]:
+    """Ask this process of the cluster to stop when the job should: at once, and from then on."""
+    cancellation.allow()
+    wish, done = _wish(), threading.Event()
+
+    def heed() -> None:
+        while not _ask(wish) and not done.wait(_ASK_SECONDS):
+            pass
+
+    _ask(wish)
+    thread = threading.Thread(target=heed, name="diffem-wish", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _ask(wish: Any) -> bool:
+    # Whoever cannot be asked has gone, and Ray ends its job.
+    with contextlib.suppress(RayError):
+        reason = ray.get(wish.get.remote(), timeout=10 * _ASK_SECONDS)
+        if reason is not None:
+            cancellation.request(reason)
+            return True
+    return False
+
+
+# --------------------------------------------------------------------------------------- shards
+
+
+class ClusterFuture(PrefectRayFuture[Any]):
+    """A task on the cluster; when an end is asked for, it is told, and not waited for long."""
+
+    def result(self, timeout: float | None = None, raise_on_failure: bool = True) -> Any:
+        """Wait for the task and return its result.
+
+        Raises:
+            CancelledRun: An end was asked for.
+            BaseException: What the task raised.
+        """
+        self.wait(timeout)
+        return super().result(timeout=timeout, raise_on_failure=raise_on_failure)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for the task.
+
+        Raises:
+            CancelledRun: An end was asked for, and the task did not come to a resumable point in
+                some seconds. What it did since the last one is lost, no more.
+        """
+        limit = math.inf if timeout is None else time.monotonic() + timeout
+        while not ray.wait([self.wrapped_future], timeout=_POLL_SECONDS)[0]:
+            if time.monotonic() > limit:
+                return
+            reason = cancellation.requested()
+            if reason is not None and time.monotonic() > _told(reason) + GRACE_SECONDS:
+                ray.cancel(self.wrapped_future, force=True)
+                raise CancelledRun(reason)
+        super().wait(timeout)
+
+
+_asked: dict[str, float] = {}
+
+
+def _told(reason: str) -> float:
+    """Tell the job that it should end, once; return when that was."""
+    job = ray.get_runtime_context().get_job_id()
+    if job not in _asked:
+        ray.get(_wish().set.remote(reason))
+        _asked[job] = time.monotonic()
+    return _asked[job]
+
+
+class ClusterTaskRunner(RayTaskRunner[Any]):
+    """Prefect's task runner for Ray, whose tasks and futures heed `cancellation`."""
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        _wish()
+        return self
+
+    def submit(self, *args: Any, **kwargs: Any) -> ClusterFuture:
+        """Submit a task to the cluster; see `RayTaskRunner.submit`."""
+        future = super().submit(*args, **kwargs)
+        return ClusterFuture(task_run_id=future.task_run_id, wrapped_future=future.wrapped_future)
+
+    @staticmethod
+    def _run_prefect_task(*args: Any, **kwargs: Any) -> Any:
+        with _heeding():
+            return RayTaskRunner._run_prefect_task(*args, **kwargs)
+
+
+# --------------------------------------------------------------------------------------- training
 
 
 def train_on_cluster(stage: str, args: Sequence[Any], config: RayRunner, size: int) -> None:
@@ -224,10 +291,9 @@ def train_on_cluster(stage: str, args: Sequence[Any], config: RayRunner, size: i
     # Ray Train changes into a folder of its own, in which `module:Name` would not be found.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     with cluster(config), tempfile.TemporaryDirectory(prefix="diffem-ray-") as folder:
-        wish = ray.remote(num_cpus=0)(_Wish).remote()
         trainer = TorchTrainer(
             _as_worker,
-            train_loop_config={"stage": stage, "args": list(args), "wish": wish},
+            train_loop_config={"stage": stage, "args": list(args)},
             torch_config=TorchConfig(
                 backend="cpu:gloo,cuda:nccl" if gpus else "gloo",
                 timeout_s=int(TIMEOUT.total_seconds()),
@@ -248,15 +314,13 @@ def train_on_cluster(stage: str, args: Sequence[Any], config: RayRunner, size: i
         # In the main thread, Ray Train would take over Ctrl-C for good.
         with ThreadPoolExecutor(1, thread_name_prefix="diffem-ray-train") as pool:
             fit = pool.submit(trainer.fit)
-            told = False
             while True:
                 with contextlib.suppress(NotYet):
                     error = fit.exception(timeout=_POLL_SECONDS)
                     break
                 reason = cancellation.requested()
-                if reason is not None and not told:
-                    wish.set.remote(reason)
-                    told = True
+                if reason is not None:
+                    _told(reason)
         if error is not None:
             _raise_cause(error, size)
     if fit.result().return_value != "done":
@@ -265,26 +329,12 @@ def train_on_cluster(stage: str, args: Sequence[Any], config: RayRunner, size: i
 
 def _as_worker(given: dict[str, Any]) -> str:
     """Do a stage as one of the processes of a Ray Train job, which have joined their group."""
-    done = threading.Event()
-    cancellation.allow()
-    threading.Thread(target=_heed, args=(given["wish"], done), daemon=True).start()
-    try:
-        find_stage(given["stage"])(*given["args"])
-    except cancellation.Cancelled as reason:
-        return f"cancelled: {reason}"
-    finally:
-        done.set()
+    with _heeding():
+        try:
+            find_stage(given["stage"])(*given["args"])
+        except cancellation.Cancelled as reason:
+            return f"cancelled: {reason}"
     return "done"
-
-
-def _heed(wish: Any, done: threading.Event) -> None:
-    """Ask this process to stop when the training should."""
-    while not done.wait(_ASK_SECONDS):
-        with contextlib.suppress(RayError):
-            reason = ray.get(wish.get.remote(), timeout=_ASK_SECONDS)
-            if reason is not None:
-                cancellation.request(reason)
-                return
 
 
 def _raise_cause(error: BaseException, size: int) -> NoReturn:

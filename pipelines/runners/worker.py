@@ -112,17 +112,17 @@ def main() -> None:
     share = os.environ.get(THREADS_VARIABLE, "")
     with use_reporter(_PipeReporter(pipe)):
         while (call := pipe.calls.get()) is not None:
-            os.environ[THREADS_VARIABLE] = str(call["threads"] or share)
-            pipe.send(_answer(call["stage"], call["args"]))
+            pipe.send(_answer(call, share))
             pipe.busy = False
 
 
-def _answer(name: str, args: list[Any]) -> dict[str, Any]:
-    """Do a stage; say what it returned or raised."""
+def _answer(call: dict[str, Any], share: str) -> dict[str, Any]:
+    """Do a stage, with the threads that it may use or this worker's share; say how it ended."""
+    os.environ[THREADS_VARIABLE] = str(call["threads"] or share)
     try:
-        stage = find_stage(name)
+        stage = find_stage(call["stage"])
         cancellation.check()
-        result = stage(*args)
+        result = stage(*call["args"])
         json.dumps(result)  # One that is no JSON is an error of the stage.
         return {"result": result}
     except cancellation.Cancelled as cancelled:

@@ -37,6 +37,10 @@ _MODULE = "pipelines.runners.worker"
 _POLL_SECONDS = 0.1
 
 
+class _PipeClosed(Exception):
+    """The worker is gone, or going: not to be mixed up with connections that a stage lost."""
+
+
 class WorkerProcess:
     """A process that is bound to a device.
 
@@ -103,7 +107,7 @@ class WorkerProcess:
         with self._calling:
             try:
                 reply = self._converse({"stage": stage, "args": list(args), "threads": threads})
-            except (EOFError, ConnectionError) as error:
+            except _PipeClosed as error:
                 raise WorkerDied(
                     f"{self.name} {self._ending()} while it did {stage}; other shards are not "
                     "touched and a new worker takes its place: run the stage again (if the "
@@ -122,10 +126,8 @@ class WorkerProcess:
                     if reason is not None and not told:
                         self._send({"cancel": reason})
                         told = True
-                    if not self._pipe.poll(_POLL_SECONDS):
-                        continue
-                    message: dict[str, Any] = json.loads(self._pipe.recv_bytes())
-                    if not reports.pass_on(message):
+                    message = self._receive()
+                    if message is not None and not reports.pass_on(message):
                         break
             except BaseException:
                 self.end(time.monotonic() + GRACE_SECONDS)
@@ -138,7 +140,7 @@ class WorkerProcess:
 
     def ask_to_end(self) -> None:
         """Ask the process to end at its next resumable point."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(_PipeClosed):
             self._send({"close": "the worker was asked to end"})
 
     def end(self, deadline: float) -> None:
@@ -159,8 +161,21 @@ class WorkerProcess:
 
     def _send(self, message: dict[str, Any]) -> None:
         encoded = json.dumps(message).encode()
-        with self._sending:
-            self._pipe.send_bytes(encoded)
+        try:
+            with self._sending:
+                self._pipe.send_bytes(encoded)
+        except OSError as error:
+            raise _PipeClosed from error
+
+    def _receive(self) -> dict[str, Any] | None:
+        """Return the next message; None if there is none for a while."""
+        try:
+            if not self._pipe.poll(_POLL_SECONDS):
+                return None
+            message: dict[str, Any] = json.loads(self._pipe.recv_bytes())
+        except (EOFError, OSError) as error:
+            raise _PipeClosed from error
+        return message
 
     def _ending(self) -> str:
         code = self._process.wait()

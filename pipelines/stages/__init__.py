@@ -8,6 +8,8 @@ run in any process that reaches the store.
 
 from __future__ import annotations
 
+from pipelines.runners.distributed import as_rank
+from pipelines.stages.following import follow_observations
 from pipelines.stages.iterations import (
     commit_iteration,
     e_step_shard,
@@ -20,17 +22,21 @@ from pipelines.stages.iterations import (
     refine_model,
 )
 from pipelines.stages.observations import prepare_observations
-from pipelines.stages.prior import fit_prior
+from pipelines.stages.prior import fit_prior, train_prior
 from pipelines.stages.recovery import first_unfinished_iteration, recover
 from pipelines.stages.start import fit_start
+from pipelines.stages.stopping import decide_stop
 
 __all__ = [
+    "as_rank",
     "commit_iteration",
+    "decide_stop",
     "e_step_shard",
     "evaluate_iteration",
     "first_unfinished_iteration",
     "fit_prior",
     "fit_start",
+    "follow_observations",
     "is_complete",
     "is_done",
     "lay_out_iteration",
@@ -39,4 +45,5 @@ __all__ = [
     "reconstructions_digest",
     "recover",
     "refine_model",
+    "train_prior",
 ]

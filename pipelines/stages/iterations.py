@@ -122,18 +122,18 @@ def e_step_shard(
     rows = slice(*plan.rows(shard))
     given = observed(bench.store.training(iteration), rows)
     seeds = [derive_seed(plan.seed, int(sample)) for sample in given.sample_ids]
-    if iteration == 0 or config.refresh == 1:
-        x_hat = torch.empty((len(given), *bench.channel.x_shape))
-        redrawn = torch.ones(len(given), dtype=torch.bool)
-    else:
+    x_hat = torch.empty((len(given), *bench.channel.x_shape))
+    redrawn = torch.ones(len(given), dtype=torch.bool)
+    if iteration > 0 and config.refresh < 1:
         before = bench.store.iteration(iteration - 1).read_reconstructions(rows)
-        x_hat = torch.from_numpy(before).float()
-        redrawn = refreshed(
+        # Observations that have come since have no reconstruction yet.
+        x_hat[: len(before)] = torch.from_numpy(before).float()
+        redrawn[: len(before)] = refreshed(
             given.sample_ids,
             iteration=iteration,
             fraction=config.refresh,
             seed=bench.seed("refresh"),
-        )
+        )[: len(before)]
     name = f"iteration {iteration:03d} · E-step · shard {shard + 1}/{plan.shards}"
     wanted, drawn = int(redrawn.sum()), 0
     with stage(name, total=wanted, unit="samples") as advance:

@@ -147,6 +147,9 @@ def announce(title: str, manifest: StartManifest | IterationManifest | PriorMani
     ]
     seconds = sum(record.seconds for record in manifest.stages.values())
     reporter().note(f"{title}: {', '.join([*told, f'{seconds:.1f} s'])}")
+    collapse = values.get("collapse")
+    if collapse is not None and collapse.value:
+        reporter().note(f"{title}: {collapse.long_name}")
 
 
 def judge_prior(
@@ -164,12 +167,14 @@ def judge_prior(
             on_progress=advance,
         )
         start = bench.store.start().manifest()
+        training = bench.store.observations("train")
         metrics = evaluate_prior(
             drawn,
             channel=bench.recorrupting_channel,
             scaling=bench.scaling,
             config=config.evaluation,
             holdout=observed(bench.store.observations("holdout")),
+            others=observed(training, spread_rows(len(training), _POOL)),
             truth=_truth(bench),
             floors={} if start is None or start.metrics is None else start.metrics.values,
             seed=bench.seed("prior", "evaluate"),

@@ -8,6 +8,7 @@ import numpy as np
 
 from diffem_core.posterior import DiffusionPrior
 from pipelines import build
+from pipelines.runners import distributed
 from pipelines.stages.bench import Bench, Json, as_arrays
 from pipelines.stages.feeding import gathered
 from pipelines.stages.judge import announce, judge_prior
@@ -16,7 +17,7 @@ from storage_schemas.config import JointPrior, UnconditionalPrior
 from storage_schemas.manifests import IterationManifest, StageRecord
 from storage_schemas.stage_folder import now
 
-__all__ = ["fit_prior"]
+__all__ = ["fit_prior", "train_prior"]
 
 
 def fit_prior(run_url: str) -> Json:
@@ -40,8 +41,12 @@ def fit_prior(run_url: str) -> Json:
     if committed is not None:
         folder.clear()
     fit = folder.stage("fit", parent_digest=last.model_digest)
-    if fit is None:
-        fit = _train(bench, config, last) if config.kind == "unconditional" else _copy(bench, last)
+    if fit is None and config.kind == "unconditional":
+        train_prior(run_url)
+        fit = folder.stage("fit", parent_digest=last.model_digest)
+        assert fit is not None, "a training ends with its record"
+    elif fit is None:
+        fit = _copy(bench, last)
     model_digest = fit.objects["model.safetensors"].sha256
     evaluation = folder.stage("evaluate", parent_digest=model_digest)
     if evaluation is None:
@@ -54,10 +59,25 @@ def fit_prior(run_url: str) -> Json:
     return {"model_digest": model_digest, "reused": False}
 
 
-def _train(bench: Bench, config: UnconditionalPrior, last: IterationManifest) -> StageRecord:
+def train_prior(run_url: str) -> None:
+    """Train a model of the last reconstructions alone, from a checkpoint if there is one.
+
+    Where the config asks for several processes, this one starts them and waits for them.
+
+    Arguments:
+        run_url: A run whose iterations are complete.
+    """
+    bench = Bench.open(run_url)
+    config, runner = bench.config.prior, bench.config.runner
+    assert isinstance(config, UnconditionalPrior)
+    group = distributed.current_group()
+    if group is None and (workers := distributed.training_workers(runner)) > 1:
+        distributed.train_together("train_prior", (run_url,), runner, workers)
+        return
+    last = bench.store.completed()[-1]
     folder = bench.store.prior()
     reconstructions = bench.store.iteration(last.iteration)
-    memory_gb = bench.config.runner.memory_gb
+    memory_gb = runner.memory_gb / (1 if group is None else group.size)
     with gathered(reconstructions, np.arange(last.samples), memory_gb=memory_gb) as x_hat:
         trained = train(
             bench,
@@ -75,7 +95,10 @@ def _train(bench: Bench, config: UnconditionalPrior, last: IterationManifest) ->
                 channel=None,
                 augmentation=build.build_augmentation(bench.config.m_step),
             ),
+            group,
         )
+    if group is not None and group.rank > 0:
+        return  # The first process writes.
     weights = as_arrays(trained.result.weights)
     model = folder.write_tensors("model", weights, {"kind": "unconditional denoiser"})
     record = StageRecord(
@@ -89,7 +112,6 @@ def _train(bench: Bench, config: UnconditionalPrior, last: IterationManifest) ->
     )
     folder.write_stage(record)
     folder.delete_checkpoint()
-    return record
 
 
 def _copy(bench: Bench, last: IterationManifest) -> StageRecord:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from diffem_core.gaussian import fit_gaussian_prior
+from pipelines import cancellation
 from pipelines.model_files import read_model
 from pipelines.progress import stage
 from pipelines.stages.bench import Bench, Json, Weights, as_arrays, observed
@@ -82,6 +83,11 @@ def _gaussian(bench: Bench, config: GaussianStart) -> Weights:
     observations = bench.store.observations("train")
     training = observed(observations, spread_rows(len(observations), config.samples))
     with stage("start · Gaussian prior", total=config.iterations, unit="rounds") as advance:
+
+        def on_progress(*_: object) -> None:
+            advance(1)
+            cancellation.check()
+
         prior = fit_gaussian_prior(
             training.y,
             training.params,
@@ -89,6 +95,6 @@ def _gaussian(bench: Bench, config: GaussianStart) -> Weights:
             rank=config.rank,
             iterations=config.iterations,
             seed=bench.seed("start"),
-            on_progress=lambda *_: advance(1),
+            on_progress=on_progress,
         )
     return as_arrays(prior.tensors())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, JsonValue, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from storage_schemas._base import Record
 
@@ -100,7 +100,7 @@ class CompressedSensingChannel(_WithOperators):
     """Projections per sample."""
     noise_std: NonNegativeFloat
     """Standard deviation of the noise on each projection, in the data's own units."""
-    seed: NonNegativeInt = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the projections, which belong to the instrument and not to the run."""
     fixed: bool = False
     """Whether all samples share their projections; by default each takes a random subset of the

@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from storage_schemas._base import Record
+from storage_schemas._base import Count, Record
 from storage_schemas.redaction import secret_part
 
 __all__ = [
@@ -151,13 +151,13 @@ class PhotosData(_Bundled):
     """
 
     kind: Literal["photos"] = "photos"
-    samples: PositiveInt = 1024
+    samples: Count = 1024
     """Patches, held-out ones included."""
     size: int = Field(16, ge=8, le=64, multiple_of=4)
     """Height and width of a patch, a multiple of 4 from 8 to 64."""
     bands: Literal[1, 3] = 3
     """3: red, green and blue; 1: grey, by the weights of ITU-R BT.601."""
-    downscale: PositiveInt = 2
+    downscale: int = Field(2, ge=1, le=64)
     """Photographs are first averaged over blocks of so many pixels squared, for more structure in
     a patch."""
     min_std: NonNegativeFloat = 4.0
@@ -183,7 +183,7 @@ class ManifoldData(_Bundled):
     """The paper's synthetic data: points on a smooth random curve in R^5, within [-2, 2]."""
 
     kind: Literal["manifold"] = "manifold"
-    samples: PositiveInt = 16384
+    samples: Count = 16384
     """Points on the curve, held-out ones included."""
     holdout: PositiveInt = 1024
     """Observations kept out of E-steps and M-steps, for evaluation; chosen by the run's seed."""
@@ -216,6 +216,9 @@ class StoreData(Record):
     vectors as they are."""
     labelled: bool = False
     """Whether the store has classes: for evaluation only."""
+    follow: bool = False
+    """Whether each EM iteration looks for observations that `diffem ingest --append` has added
+    since the one before, and learns from them too. Evaluations keep to the first ones."""
 
     @field_validator("url")
     @classmethod

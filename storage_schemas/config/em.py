@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
 
-from storage_schemas._base import Record
+from storage_schemas._base import Count, Record, Steps
 from storage_schemas.config.sampler import DdpmSampler, SamplerConfig
 from storage_schemas.redaction import secret_part
 
@@ -40,11 +40,11 @@ class GaussianStart(Record):
     """First E-step: exact posterior samples under a Gaussian prior that EM fits to the data."""
 
     kind: Literal["gaussian"] = "gaussian"
-    iterations: PositiveInt = 16
+    iterations: Steps = 16
     """Rounds of moment EM."""
     rank: PositiveInt | None = None
     """Rank of the low-rank + diagonal covariance; the full covariance by default."""
-    samples: PositiveInt = 16384
+    samples: Count = 16384
     """Observations, at most, that it is fitted to, spread evenly over the data."""
 
 
@@ -58,7 +58,7 @@ class MMPSStart(Record):
     """A warm start: the first iterations are EM-MMPS, begun from a Gaussian start."""
 
     kind: Literal["mmps"] = "mmps"
-    laps: PositiveInt = 4
+    laps: Steps = 4
     """EM iterations that are EM-MMPS, among the run's `iterations`."""
     gaussian: GaussianStart = GaussianStart()
     """What makes the first reconstructions of all."""
@@ -96,7 +96,7 @@ class MMPSConfig(Record):
     from the covariance of the reconstructions that the model learned from (cheaper, coarser)."""
     rank: PositiveInt | None = None
     """Components of `cov_x`; a quarter of the dimensions, at most 64, by default."""
-    solver_iterations: PositiveInt = 1
+    solver_iterations: Steps = 1
     """Iterations of conjugate gradients per step."""
     tolerance: float = Field(1e-3, ge=0)
     """Their relative tolerance."""
@@ -111,16 +111,16 @@ class TemperingConfig(Record):
 
     first: float = Field(0.6, gt=0, le=1)
     """Factor on the noise in iteration 0."""
-    iterations: PositiveInt = 10
+    iterations: Steps = 10
     """Iterations until the factor is 1."""
 
 
 class AnnealingConfig(Record):
     """Fewer sampler steps in the first E-steps, rising linearly to the sampler's own number."""
 
-    first: PositiveInt
+    first: Steps
     """Sampler steps in iteration 0."""
-    iterations: PositiveInt = 10
+    iterations: Steps = 10
     """Iterations until the number is the sampler's own."""
 
 
@@ -136,26 +136,30 @@ class EStepConfig(Record):
     refresh: float = Field(1.0, gt=0, le=1)
     """Fraction of the reconstructions that each E-step draws anew (all in the paper); the others
     are those of the iteration before. Every observation has its turn at even intervals."""
-    shard_size: PositiveInt = 512
+    shard_size: Count = 512
     """Observations per shard: the unit of work, of retrying and of storage (one object)."""
-    batch_size: PositiveInt = 256
+    batch_size: Count = 256
     """Observations per network call."""
     stored_as: Literal["float32", "float16"] = "float32"
     """Type of the stored reconstructions, which the M-step learns from; float16 halves them."""
+
+
+LearningRate = Annotated[float, Field(gt=0, le=1e3)]
+"""A learning rate."""
 
 
 class ConstantRate(Record):
     """The same learning rate at every step."""
 
     kind: Literal["constant"] = "constant"
-    value: PositiveFloat = 2e-4
+    value: LearningRate = 2e-4
     """Learning rate."""
     over: Literal["iteration"] = "iteration"
     """Span of the schedule."""
 
 
 class _DecayingRate(Record):
-    value: PositiveFloat = 2e-4
+    value: LearningRate = 2e-4
     """Learning rate at the beginning."""
     floor: float = Field(0.1, ge=0, le=1)
     """The last learning rate, as a fraction of the first."""
@@ -203,11 +207,11 @@ class ValidationConfig(Record):
 class MStepConfig(Record):
     """How the model is refined on the reconstructions."""
 
-    steps: PositiveInt
+    steps: Count
     """Gradient steps per iteration."""
-    first_steps: PositiveInt | None = None
+    first_steps: Count | None = None
     """Gradient steps of the first iteration, which starts from scratch; `steps` by default."""
-    batch_size: PositiveInt = 256
+    batch_size: Count = 256
     """Reconstructions per gradient step."""
     learning_rate: RateConfig = ConstantRate()
     """Learning rate of Adam and its course."""
@@ -231,15 +235,15 @@ class UnconditionalPrior(Record):
     """An unconditional model, trained on the last iteration's reconstructions (paper)."""
 
     kind: Literal["unconditional"] = "unconditional"
-    steps: PositiveInt
+    steps: Count
     """Gradient steps."""
-    batch_size: PositiveInt = 256
+    batch_size: Count = 256
     """Reconstructions per gradient step."""
     learning_rate: RateConfig = ConstantRate()
     """Learning rate of Adam and its course; it spans this training alone."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """Decay of the weights' moving average."""
-    samples: PositiveInt = 1024
+    samples: Count = 1024
     """Samples that are drawn to judge it."""
 
 
@@ -249,7 +253,7 @@ class JointPrior(Record):
     kind: Literal["joint"] = "joint"
     probability: float = Field(0.1, gt=0, lt=1)
     """Probability that an example's condition is dropped."""
-    samples: PositiveInt = 1024
+    samples: Count = 1024
     """Samples that are drawn to judge it."""
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, JsonValue, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, JsonValue, PositiveFloat, PositiveInt, model_validator
 
-from storage_schemas._base import Record
+from storage_schemas._base import NoiseLevel, Record, Width
 from storage_schemas.config.channel import Target
 
 __all__ = [
@@ -30,14 +30,16 @@ class UnetNetwork(Record):
     """The paper's U-Net: residual blocks modulated by the noise level, with attention."""
 
     kind: Literal["unet"] = "unet"
-    channels: tuple[PositiveInt, ...] = Field((128, 256, 384), min_length=1)
+    channels: tuple[Width, ...] = Field((128, 256, 384), min_length=1, max_length=12)
     """Width of each level, finest first; the image is halved between levels."""
-    blocks: tuple[PositiveInt, ...] = Field((5, 5, 5), min_length=1)
+    blocks: tuple[Annotated[int, Field(gt=0, le=100)], ...] = Field(
+        (5, 5, 5), min_length=1, max_length=12
+    )
     """Residual blocks at each level, on the way down and again on the way up."""
     attention: dict[int, PositiveInt] = Field(default_factory=lambda: {1: 4})
     """Attention heads by level (0 is the finest)."""
-    embedding: PositiveInt = 256
-    """Features of the noise-level embedding, an even number."""
+    embedding: Width = Field(256, ge=4, multiple_of=2)
+    """Features of the noise-level embedding, an even number from 4 on."""
     dropout: float = Field(0.1, ge=0, lt=1)
     """Dropout rate inside the residual blocks."""
 
@@ -60,8 +62,6 @@ class UnetNetwork(Record):
                     f"{self.channels[level]} channels they do not "
                     "divide; choose a divisor"
                 )
-        if self.embedding % 2:
-            raise ValueError(f"`embedding` is {self.embedding} but must be even")
         return self
 
 
@@ -69,17 +69,10 @@ class MlpNetwork(Record):
     """A residual-free MLP for vectors, modulated by the noise level."""
 
     kind: Literal["mlp"] = "mlp"
-    hidden: tuple[PositiveInt, ...] = Field((256, 256, 256), min_length=1)
+    hidden: tuple[Width, ...] = Field((256, 256, 256), min_length=1, max_length=100)
     """Width of each hidden layer."""
-    embedding: PositiveInt = 64
-    """Features of the noise-level embedding, an even number."""
-
-    @field_validator("embedding")
-    @classmethod
-    def _even(cls, value: int) -> int:
-        if value % 2:
-            raise ValueError(f"`embedding` is {value} but must be even")
-        return value
+    embedding: Width = Field(64, ge=4, multiple_of=2)
+    """Features of the noise-level embedding, an even number from 4 on."""
 
 
 class DiffusersNetwork(Record):
@@ -110,9 +103,9 @@ NetworkConfig = Annotated[
 
 
 class _Schedule(Record):
-    sigma_min: PositiveFloat = 1e-3
+    sigma_min: NoiseLevel = 1e-3
     """Noise level at t = 0, in network units (images span [-2, 2])."""
-    sigma_max: PositiveFloat = 1e2
+    sigma_max: NoiseLevel = 1e2
     """Noise level at t = 1, in network units."""
 
     @model_validator(mode="after")
@@ -135,24 +128,28 @@ class VEKarras(_Schedule):
     """Variance-exploding noise, sigma^(1/rho) linear in t (EDM, equation 5)."""
 
     kind: Literal["ve_karras"] = "ve_karras"
-    sigma_min: PositiveFloat = 2e-3
+    sigma_min: NoiseLevel = 2e-3
     """Noise level at t = 0, in network units (images span [-2, 2])."""
-    sigma_max: PositiveFloat = 80.0
+    sigma_max: NoiseLevel = 80.0
     """Noise level at t = 1, in network units."""
-    rho: PositiveFloat = 7.0
+    rho: float = Field(7.0, ge=0.1, le=1000)
     """Warping exponent: larger spends more of t at small noise."""
 
 
 ScheduleConfig = Annotated[VELogLinear | VEKarras, Field(discriminator="kind")]
 
 
+Shape = Annotated[float, Field(ge=1e-2, le=1e6)]
+"""A shape parameter of a Beta distribution."""
+
+
 class BetaTime(Record):
     """t ~ Beta(a, b), the paper's choice with a = b = 3."""
 
     kind: Literal["beta"] = "beta"
-    a: PositiveFloat = 3.0
+    a: Shape = 3.0
     """First shape parameter."""
-    b: PositiveFloat = 3.0
+    b: Shape = 3.0
     """Second shape parameter."""
 
 
@@ -160,9 +157,9 @@ class BetaMixtureTime(Record):
     """t from one of two Beta distributions, as in the paper's manifold code."""
 
     kind: Literal["beta_mixture"] = "beta_mixture"
-    first: tuple[PositiveFloat, PositiveFloat] = (2.0, 5.0)
+    first: tuple[Shape, Shape] = (2.0, 5.0)
     """Shape parameters of the first distribution."""
-    second: tuple[PositiveFloat, PositiveFloat] = (5.0, 2.0)
+    second: tuple[Shape, Shape] = (5.0, 2.0)
     """Shape parameters of the second distribution."""
     weight: float = Field(0.5, gt=0, lt=1)
     """Probability of the first."""

@@ -6,9 +6,9 @@ import hashlib
 import json
 from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from storage_schemas._base import Record
+from storage_schemas._base import Record, Steps
 from storage_schemas.config.channel import ChannelConfig, CustomChannel, RandomMatrixChannel
 from storage_schemas.config.data import DataConfig
 from storage_schemas.config.em import (
@@ -34,6 +34,7 @@ from storage_schemas.config.model import (
     VELogLinear,
 )
 from storage_schemas.config.runner import LocalRunner, RunnerConfig
+from storage_schemas.config.stop import BudgetStop, StopConfig
 
 __all__ = ["RunConfig"]
 
@@ -49,7 +50,7 @@ class RunConfig(Record):
     """One line for people."""
     seed: int = Field(0, ge=0, lt=2**63)
     """The seed from which every random number of the run is derived."""
-    iterations: PositiveInt
+    iterations: Steps
     """EM iterations."""
     method: Literal["diffem", "em-mmps"] = "diffem"
     """DiffEM (a conditional model is the posterior), or EM-MMPS (an unconditional model, with
@@ -79,6 +80,8 @@ class RunConfig(Record):
     """A model of clean data alone; none by default."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is measured after each iteration."""
+    stop: StopConfig = BudgetStop()
+    """When the run ends before its last iteration; by default it does not."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the network; weights, losses and sampler states stay float32."""
     runner: RunnerConfig = LocalRunner()
@@ -92,6 +95,7 @@ class RunConfig(Record):
             self._distance_problem(),
             self._sampler_problem(),
             self._method_problem(),
+            self._stop_problem(),
         )
         for problem in problems:
             if problem is not None:
@@ -205,9 +209,20 @@ class RunConfig(Record):
             )
         return None
 
+    def _stop_problem(self) -> str | None:
+        if isinstance(self.stop, BudgetStop) or self.stop.monitor == "divergence":
+            return None
+        kinds = [monitor.kind for monitor in self.evaluation.monitors]
+        if self.stop.monitor not in kinds:
+            return (
+                f"stop.monitor is {self.stop.monitor!r} but evaluation.monitors measures "
+                f"{', '.join(kinds) or 'nothing'}; add {{kind: {self.stop.monitor}}} to it"
+            )
+        return None
+
     def identity(self) -> dict[str, Any]:
         """Return the part of the config that determines the run's numbers, as JSON-able data."""
-        data = self.model_dump(mode="json", exclude={"description", "runner"})
+        data = self.model_dump(mode="json", exclude={"description", "runner", "stop"})
         if self.m_step.learning_rate.over != "run":
             del data["iterations"]
         del data["m_step"]["checkpoint_seconds"]

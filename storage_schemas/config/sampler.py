@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field
 
-from storage_schemas._base import Record
+from storage_schemas._base import NoiseLevel, Record, Steps
 
 __all__ = [
     "DdimSampler",
@@ -31,7 +31,7 @@ class KarrasGrid(Record):
     """Noise levels evenly spaced in sigma^(1/rho) (EDM, equation 5)."""
 
     kind: Literal["karras"] = "karras"
-    rho: PositiveFloat = 7.0
+    rho: float = Field(7.0, ge=0.1, le=1000)
     """Warping exponent: larger puts more steps at small noise."""
 
 
@@ -39,13 +39,13 @@ GridConfig = Annotated[LogLinearGrid | KarrasGrid, Field(discriminator="kind")]
 
 
 class _Sampler(Record):
-    steps: PositiveInt
+    steps: Steps
     """Noise levels that the sampler visits."""
     grid: GridConfig = LogLinearGrid()
     """Where the steps lie between the two ends of the noise range."""
-    sigma_start: PositiveFloat | None = None
+    sigma_start: NoiseLevel | None = None
     """Noise level of the first step, in network units; the schedule's largest by default."""
-    sigma_end: PositiveFloat | None = None
+    sigma_end: NoiseLevel | None = None
     """Noise level of the last network call, in network units; the smallest by default."""
 
 
@@ -53,7 +53,7 @@ class DdpmSampler(_Sampler):
     """Ancestral sampling (DDPM), the paper's sampler with 256 steps."""
 
     kind: Literal["ddpm"] = "ddpm"
-    steps: PositiveInt = 256
+    steps: Steps = 256
     """Network calls per sample."""
 
 
@@ -61,7 +61,7 @@ class DdimSampler(_Sampler):
     """Deterministic first-order sampling (DDIM, eta = 0)."""
 
     kind: Literal["ddim"] = "ddim"
-    steps: PositiveInt = 64
+    steps: Steps = 64
     """Network calls per sample."""
 
 
@@ -69,7 +69,7 @@ class DpmSolverSampler(_Sampler):
     """Second-order multistep solver of the reverse SDE or ODE in log sigma (DPM-Solver++(2M))."""
 
     kind: Literal["dpm_solver"] = "dpm_solver"
-    steps: PositiveInt = 16
+    steps: Steps = 16
     """Network calls per sample."""
     stochastic: bool = True
     """Solve the reverse SDE (true) or the probability-flow ODE (false)."""
@@ -79,7 +79,7 @@ class HeunSampler(_Sampler):
     """Heun's second-order steps of the probability-flow ODE (EDM, algorithm 1)."""
 
     kind: Literal["heun"] = "heun"
-    steps: PositiveInt = 18
+    steps: Steps = 18
     """Noise levels that the sampler visits; all but the last take two network calls."""
     grid: GridConfig = KarrasGrid()
     """Where the steps lie between the two ends of the noise range."""
@@ -89,9 +89,9 @@ class PredictorCorrectorSampler(_Sampler):
     """DDIM steps, each followed by Langevin steps at the noise level that it reached."""
 
     kind: Literal["predictor_corrector"] = "predictor_corrector"
-    steps: PositiveInt = 64
+    steps: Steps = 64
     """Noise levels that the sampler visits; all but the last take 1 + corrections calls."""
-    corrections: PositiveInt = 1
+    corrections: Steps = 1
     """Langevin steps after each step."""
     tau: float = Field(0.1, gt=0, lt=1)
     """Size of a Langevin step; its bias is of the order of tau."""

@@ -1,0 +1,57 @@
+"""When a run ends before its last iteration."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
+
+from storage_schemas._base import Record, Steps
+
+__all__ = ["BudgetStop", "FloorStop", "PlateauStop", "StopConfig", "WatchedMonitor"]
+
+WatchedMonitor = Literal[
+    "divergence", "sliced_wasserstein", "energy", "mmd", "classifier", "frechet"
+]
+"""Monitors that a run may be stopped by. None of them knows the truth."""
+
+
+class BudgetStop(Record):
+    """Do all iterations."""
+
+    kind: Literal["budget"] = "budget"
+
+
+class PlateauStop(Record):
+    """Stop when the monitor no longer improves by more than its error.
+
+    Where `m_step.learning_rate.over` is `run`, a run that is stopped ends at a learning rate that
+    has not yet fallen, and the last iterations, which profit from the fall, are not done.
+    """
+
+    kind: Literal["plateau"] = "plateau"
+    monitor: WatchedMonitor = "divergence"
+    """What is watched."""
+    patience: Steps = 3
+    """Iterations in a row that are not better than the best before them."""
+    errors: NonNegativeFloat = 1.0
+    """Standard errors by which an iteration has to be better to count."""
+    after: NonNegativeInt = 0
+    """Iterations that are done in any case."""
+
+
+class FloorStop(Record):
+    """Stop when the monitor cannot be told from that of two sets of real observations."""
+
+    kind: Literal["floor"] = "floor"
+    monitor: WatchedMonitor = "divergence"
+    """What is watched."""
+    confirm: Steps = 2
+    """Iterations in a row that have to be there."""
+    errors: NonNegativeFloat = 1.0
+    """Standard errors, of monitor and floor together, within which it is there."""
+    after: NonNegativeInt = 0
+    """Iterations that are done in any case."""
+
+
+StopConfig = Annotated[BudgetStop | PlateauStop | FloorStop, Field(discriminator="kind")]

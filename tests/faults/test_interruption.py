@@ -1,0 +1,166 @@
+"""Ctrl-C, termination, and death: how soon a run ends, what it leaves, and what goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from storage_schemas.lease import read_lease
+from storage_schemas.run_store import RunStore
+from tests.faults.cli import results_at, run_command, run_tiny
+
+# An M-step of some ten seconds, whose checkpoints are written only when an end is asked for.
+LONG = ("--set", "m_step.steps=1500", "--set", "m_step.checkpoint_seconds=1000")
+
+
+def processes_of(session: int) -> list[str]:
+    """Return the command lines of the living processes of a session."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdecimal():
+            continue
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def embedded_server_of(pid: int) -> int:
+    """Return the process id of the embedded server that a run has started."""
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdecimal():
+            continue
+        try:
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            if int(parent) == pid and b"prefect.server.api" in (folder / "cmdline").read_bytes():
+                return int(folder.name)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    raise AssertionError("the run has no embedded server")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def within(seconds: float, condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@contextmanager
+def learning(
+    config: Path, url: Path, environment: dict[str, str]
+) -> Iterator[subprocess.Popen[str]]:
+    """Start a run in a session of its own, and wait until it is inside its first M-step."""
+    process = subprocess.Popen(
+        run_command(config, str(url), *LONG, "--json-logs"),
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if '"event": "begin"' in line and '"stage": "m-step"' in line:
+                break
+        assert process.poll() is None, "the run ended before its M-step"
+        time.sleep(0.5)
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, tiny_config: Path, home: dict[str, str]
+) -> dict[str, str]:
+    url = str(tmp_path_factory.mktemp("runs") / "tiny")
+    run_tiny(tiny_config, url, home, *LONG)
+    return results_at(url)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_end_that_is_asked_for_comes_soon_and_loses_nothing(
+    number: signal.Signals,
+    tmp_path: Path,
+    tiny_config: Path,
+    home: dict[str, str],
+    undisturbed: dict[str, str],
+) -> None:
+    url = tmp_path / "run"
+    with learning(tiny_config, url, home) as process:
+        server = embedded_server_of(process.pid)
+        os.killpg(process.pid, number)  # as a terminal does, or a service manager
+        _, messages = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "interrupted; the same command resumes" in messages
+        assert "Traceback" not in messages
+        assert not processes_of(process.pid)
+        assert within(5, lambda: not alive(server))
+
+    store = RunStore.open(str(url))
+    lease = read_lease(store.objects)
+    assert lease is not None
+    assert lease.released
+    assert store.iteration(0).read_checkpoint() is not None, "written because of the end"
+    done = run_tiny(tiny_config, str(url), home, *LONG)
+    assert "steps reused" in done.stdout or "/1500 reused" in done.stdout
+    assert results_at(str(url)) == undisturbed
+
+
+def test_a_killed_run_leaves_no_process_behind(
+    tmp_path: Path, tiny_config: Path, home: dict[str, str]
+) -> None:
+    with learning(tiny_config, tmp_path / "run", home) as process:
+        server = embedded_server_of(process.pid)
+        assert alive(server)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert within(15, lambda: not alive(server)), "nobody stopped the embedded server"
+        assert not processes_of(process.pid)
+
+
+def test_no_server_where_one_is_named_is_told_with_the_remedy(
+    tmp_path: Path, tiny_config: Path, home: dict[str, str]
+) -> None:
+    environment = {**home, "PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    done = run_tiny(tiny_config, str(tmp_path / "run"), environment, status=1)
+    assert "no Prefect server answers there; start it" in done.stderr
+    assert "Traceback" not in done.stderr
+    run_tiny(tiny_config, str(tmp_path / "run"), home)
+
+
+def test_json_logs_are_json_and_say_where(
+    tmp_path: Path, tiny_config: Path, home: dict[str, str]
+) -> None:
+    import json
+
+    done = run_tiny(tiny_config, str(tmp_path / "run"), home, "--json-logs")
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert all(line["run"] == "tiny" for line in lines)
+    ends = [line for line in lines if line["event"] == "end" and line.get("iteration") == 1]
+    assert [line.get("shard") for line in ends if line["stage"] == "e-step"] == [0, 1, 2, 3]
+    assert [line["stage"] for line in ends][-2:] == ["m-step", "evaluation"]
+    assert all(line["done"] == line["total"] for line in ends)

@@ -1,0 +1,172 @@
+"""SIGKILL at random instants: of the run, of its workers, of the Prefect server. Minutes long.
+
+Whatever dies, the same command run again ends with the bytes of a run that nobody disturbed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from storage_schemas.run_store import RunStore
+from storage_schemas.verify import verify
+from tests.faults.cli import results_at, run_command, run_tiny
+from tests.faults.test_interruption import processes_of
+from tests.prefect_server import prefect_server
+
+pytestmark = pytest.mark.slow
+
+MORE = (
+    *("--set", "m_step.checkpoint_seconds=1e-9"),
+    *("--set", "m_step.steps=300"),
+    *("--set", "e_step.shard_size=16"),
+    *("--set", "e_step.sampler.steps=30"),
+)
+"""Thirteen shards and an M-step with checkpoints: several seconds of work to be killed in."""
+
+WORKERS = ("--set", "runner.workers=2", "--set", "runner.threads=2")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, tiny_config: Path, home: dict[str, str]
+) -> tuple[dict[str, str], float]:
+    """Checksums of the undisturbed run, and the seconds from its first shard to its end."""
+    url = tmp_path_factory.mktemp("runs") / "tiny"
+    with working(tiny_config, url, home) as process:
+        began = time.monotonic()
+        assert process.wait(timeout=300) == 0
+    return results_at(str(url)), time.monotonic() - began
+
+
+@contextmanager
+def working(
+    config: Path, url: Path, environment: dict[str, str], *more: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a run in a session of its own, and wait until its first stage begins, or it ends."""
+    url.parent.mkdir(exist_ok=True)
+    log = url.with_suffix(".log")
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            run_command(config, str(url), *MORE, *more),
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=out,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 180
+        while "checking the run" not in log.read_text() and process.poll() is None:
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def finish(
+    config: Path, url: Path, environment: dict[str, str], expected: dict[str, str], *more: str
+) -> None:
+    run_tiny(config, str(url), environment, *MORE, *more)
+    assert results_at(str(url)) == expected
+    assert verify(RunStore.open(str(url))).ok
+
+
+def kill_flow(process: subprocess.Popen[bytes]) -> bool:
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    return True
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_process_of_the_run(
+    seed: int,
+    tmp_path: Path,
+    tiny_config: Path,
+    home: dict[str, str],
+    undisturbed: tuple[dict[str, str], float],
+) -> None:
+    expected, seconds = undisturbed
+    rng = random.Random(f"flow {seed}")
+    killed = 0
+    for _ in range(3):
+        with working(tiny_config, tmp_path / "run", home) as process:
+            time.sleep(rng.uniform(0, seconds))
+            if process.poll() is None:
+                killed += kill_flow(process)
+    finish(tiny_config, tmp_path / "run", home, expected)
+    assert killed, "every run ended before its kill: nothing was tested"
+
+
+def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
+    """Return the process ids of a run's workers."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdecimal():
+            continue
+        try:
+            stat = (folder / "stat").read_text().rpartition(")")[2].split()
+            command = (folder / "cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if stat[1] == str(process.pid) and b"pipelines.runners.worker" in command:
+            found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_worker(
+    seed: int,
+    tmp_path: Path,
+    tiny_config: Path,
+    home: dict[str, str],
+    undisturbed: tuple[dict[str, str], float],
+) -> None:
+    expected, seconds = undisturbed
+    rng = random.Random(f"worker {seed}")
+    killed = 0
+    with working(tiny_config, tmp_path / "run", home, *WORKERS) as process:
+        for _ in range(2):
+            time.sleep(rng.uniform(0, seconds / 2))
+            workers = workers_of(process)
+            if process.poll() is None and workers:
+                os.kill(rng.choice(workers), signal.SIGKILL)
+                killed += 1
+        assert process.wait(timeout=300) == 0, "the run goes on with another worker"
+        assert not processes_of(process.pid)
+    assert killed
+    assert results_at(str(tmp_path / "run")) == expected
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_prefect_server(
+    seed: int,
+    tmp_path: Path,
+    tiny_config: Path,
+    home: dict[str, str],
+    undisturbed: tuple[dict[str, str], float],
+) -> None:
+    expected, seconds = undisturbed
+    rng = random.Random(f"server {seed}")
+    (tmp_path / "server").mkdir()
+    with (
+        prefect_server(tmp_path / "server") as served,
+        working(tiny_config, tmp_path / "run", served) as process,
+    ):
+        time.sleep(rng.uniform(0, seconds / 2))
+        assert process.poll() is None
+        os.killpg(int(served["DIFFEM_TEST_SERVER"]), signal.SIGKILL)
+        status = process.wait(timeout=300)
+        assert status in (0, 1), "it ends by itself: done, or failed with a message"
+        assert "Traceback" not in (tmp_path / "run.log").read_text()
+    finish(tiny_config, tmp_path / "run", home, expected)

@@ -1,0 +1,329 @@
+"""Runs on a Ray cluster of two nodes on this machine: the bytes of one machine, and a dead node."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from storage_schemas.config import RayRunner
+from storage_schemas.run_store import RunStore
+from storage_schemas.verify import verify
+from tests.faults.cli import results_at, run_command
+
+for needed in ("ray", "prefect_ray"):
+    pytest.importorskip(needed, reason="needs the extra 'ray': pip install 'diffem[ray]'")
+
+BIN = Path(sys.executable).parent
+# Once PyTorch has been imported, a shard of these takes half a second.
+SLOW = ["e_step.shard_size=10", "e_step.sampler.steps=60", "iterations=1"]
+TIMEOUT = 480
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def started(*command: str, log: Path, environment: dict[str, str]) -> Iterator[int]:
+    """Run a program that serves, as long as it is needed."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+    try:
+        yield process.pid
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def descendants(pid: int) -> Iterator[tuple[int, str]]:
+    """Process numbers and names of all that a process has started."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in map(int, (task / "children").read_text().split()):
+            yield child, Path(f"/proc/{child}/comm").read_text().strip()
+            yield from descendants(child)
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture(scope="module")
+def environment(
+    tmp_path_factory: pytest.TempPathFactory, quiet: dict[str, str]
+) -> Iterator[dict[str, str]]:
+    """The environment of the command line, with a Prefect server that it reaches."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("server") / "log"
+    serve = (str(BIN / "prefect"), "server", "start", "--port", str(port), "--no-ui")
+    with started(*serve, log=log, environment=quiet):
+        url = f"http://127.0.0.1:{port}/api"
+        deadline = time.monotonic() + 180
+        while True:
+            try:
+                if httpx.get(f"{url}/health").status_code == 200:
+                    break
+            except httpx.HTTPError:
+                pass
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+        yield {**quiet, "PREFECT_API_URL": url}
+
+
+class Cluster:
+    """Two nodes of one processor each, started as a user starts them."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.address = f"127.0.0.1:{free_port()}"
+        self.folder = folder
+        self.environment = environment
+
+    @contextmanager
+    def node(self, name: str, *options: str) -> Iterator[int]:
+        command = (str(BIN / "ray"), "start", *options, "--num-cpus", "1", "--num-gpus", "0")
+        more = ("--node-ip-address", "127.0.0.1", "--block", "--disable-usage-stats")
+        log = self.folder / f"{name}.log"
+        with started(*command, *more, log=log, environment=self.environment) as pid:
+            yield pid
+
+    def head(self) -> Any:
+        port = self.address.rpartition(":")[2]
+        options = ("--head", "--port", port, "--include-dashboard", "false")
+        return self.node("head", *options, "--temp-dir", str(self.folder / "ray"))
+
+    def second(self) -> Any:
+        return self.node("second", "--address", self.address)
+
+    def wait_for(self, nodes: int) -> None:
+        """Wait until so many nodes answer."""
+        deadline = time.monotonic() + 180
+        while True:
+            code = (
+                "import ray, sys; ray.init(sys.argv[1], log_to_driver=False, logging_level=50); "
+                "print('alive', sum(n['Alive'] for n in ray.nodes()))"
+            )
+            asked = subprocess.run(
+                [sys.executable, "-c", code, self.address],
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            if f"alive {nodes}" in asked.stdout:
+                return
+            assert time.monotonic() < deadline, asked.stderr
+            time.sleep(1)
+
+
+@pytest.fixture(scope="module")
+def cluster(quiet: dict[str, str]) -> Iterator[Cluster]:
+    """A cluster whose head is there; tests start the second node."""
+    # Ray's sockets have paths of at most 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="dr-", dir="/tmp"))
+    try:
+        made = Cluster(folder, quiet)
+        with made.head():
+            yield made
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def on_cluster(cluster: Cluster, *more: str) -> list[str]:
+    overrides = (
+        "runner.kind=ray",
+        f"runner.address={cluster.address}",
+        "runner.gpus_per_shard=0",
+        *more,
+    )
+    return [part for override in overrides for part in ("--set", override)]
+
+
+def sets(overrides: list[str]) -> list[str]:
+    return [part for override in overrides for part in ("--set", override)]
+
+
+def run(command: list[str], environment: dict[str, str], *, status: int = 0) -> str:
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=TIMEOUT
+    )
+    assert done.returncode == status, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def local(
+    tmp_path_factory: pytest.TempPathFactory, tiny_config: Path, environment: dict[str, str]
+) -> Path:
+    """The same run on this machine alone."""
+    url = tmp_path_factory.mktemp("local") / "run"
+    run(run_command(tiny_config, str(url), *sets(SLOW)), environment)
+    return url
+
+
+@pytest.mark.slow
+def test_a_cluster_computes_the_bytes_of_one_machine_also_when_a_node_dies(
+    cluster: Cluster,
+    local: Path,
+    tiny_config: Path,
+    tmp_path: Path,
+    environment: dict[str, str],
+) -> None:
+    url = tmp_path / "run"
+    command = run_command(tiny_config, str(url), *sets(SLOW), *on_cluster(cluster))
+    with cluster.second() as second:
+        cluster.wait_for(2)
+        with started(*command, log=tmp_path / "log", environment=environment) as pid:
+            shards = url / "iterations/000/shards"
+            deadline = time.monotonic() + TIMEOUT
+            while len(list(shards.glob("*.json"))) < 4:
+                assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.02)
+            raylet = [p for p, name in descendants(second) if name == "raylet"]
+            assert len(raylet) == 1
+            os.kill(raylet[0], signal.SIGKILL)
+            done = {path: path.stat().st_mtime_ns for path in shards.glob("*.json")}
+            assert len(done) < 20, "the kill came too late to test anything"
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status != 0:  # Ray may have given up; then the same command goes on.
+        print((tmp_path / "log").read_text())
+        run(command, environment)
+    print("first command ended with", status)
+    assert results_at(str(url)) == results_at(str(local))
+    assert {path: path.stat().st_mtime_ns for path in done} == done, "no shard was done again"
+    assert verify(str(url)).ok
+
+
+@pytest.mark.slow
+def test_an_m_step_of_two_processes_of_the_cluster(
+    cluster: Cluster,
+    local: Path,
+    tiny_config: Path,
+    tmp_path: Path,
+    environment: dict[str, str],
+) -> None:
+    url = tmp_path / "run"
+    more = on_cluster(cluster, "runner.m_step_workers=2")
+    with cluster.second():
+        cluster.wait_for(2)
+        run(run_command(tiny_config, str(url), *sets(SLOW), *more), environment)
+    ours, theirs = (results_at(str(path)) for path in (url, local))
+    same = {path for path in theirs if path.startswith("start/") or ".zarr/" in path}
+    assert len(same) >= 20
+    assert {path: ours[path] for path in same} == {path: theirs[path] for path in same}
+    models = []
+    for path in (url, local):
+        tensors, _ = RunStore.open(str(path)).iteration(0).read_tensors("model")
+        models.append(np.concatenate([tensors[name].ravel() for name in sorted(tensors)]))
+    # The tolerance of tests/pipelines/test_distributed.py, for the same reason.
+    difference = np.linalg.norm(models[0] - models[1]) / np.linalg.norm(models[1])
+    assert 0 < difference < 1e-3
+
+
+@pytest.mark.slow
+def test_an_end_that_is_asked_for_comes_within_seconds(
+    cluster: Cluster,
+    local: Path,
+    tiny_config: Path,
+    tmp_path: Path,
+    environment: dict[str, str],
+) -> None:
+    url = tmp_path / "run"
+    command = run_command(tiny_config, str(url), *sets(SLOW), *on_cluster(cluster))
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        shards = url / "iterations/000/shards"
+        deadline = time.monotonic() + TIMEOUT
+        while len(list(shards.glob("*.json"))) < 3:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        out, _ = process.communicate(timeout=120)
+        seconds = time.monotonic() - began
+    finally:
+        process.kill()
+        process.wait()
+    print(f"ended after {seconds:.1f} s with {process.returncode}")
+    assert process.returncode != 0, out
+    assert "Traceback" not in out
+    done = {path: path.stat().st_mtime_ns for path in shards.glob("*.json")}
+    assert 3 <= len(done) < 20
+    run(command, environment)
+    assert results_at(str(url)) == results_at(str(local))
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+
+
+@pytest.mark.slow
+def test_no_cluster_at_the_address_is_told_with_a_remedy(
+    tiny_config: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    port = free_port()
+    more = sets(["runner.kind=ray", f"runner.address=127.0.0.1:{port}"])
+    command = run_command(tiny_config, str(tmp_path / "run"), *more)
+    out = run(command, environment, status=1)
+    assert "no Ray cluster answers there" in out
+    assert "ray start --head" in out
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_cluster_needs_a_prefect_server() -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from pipelines.runners.ray import build_ray_task_runner
+
+    with (
+        temporary_settings(restore_defaults={PREFECT_API_URL}),
+        pytest.raises(ValueError, match="PREFECT_API_URL is not set"),
+    ):
+        build_ray_task_runner(RayRunner())
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_shards_take_what_the_config_says_and_their_share_of_threads() -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect_ray.context import RemoteOptionsContext
+
+    from pipelines.runners.ray import build_ray_task_runner, shard_resources
+
+    config = RayRunner(address="10.0.0.7:6379", gpus_per_shard=0.5, cpus_per_shard=3)
+    with temporary_settings({PREFECT_API_URL: "http://10.0.0.7:4200/api"}):
+        runner = build_ray_task_runner(config)
+    assert runner.duplicate() == runner
+    given = runner.init_kwargs
+    assert given["address"] == "10.0.0.7:6379"
+    variables = given["runtime_env"]["env_vars"]
+    assert variables["PREFECT_API_URL"] == "http://10.0.0.7:4200/api"
+    assert variables["DIFFEM_THREADS"] == "3"
+    with shard_resources(config):
+        options = RemoteOptionsContext.get().current_remote_options
+    assert options == {"num_gpus": 0.5, "num_cpus": 3}
