@@ -38,13 +38,28 @@ WORKERS = ("--set", "runner.workers=2", "--set", "runner.threads=2")
 @pytest.fixture(scope="module")
 def undisturbed(
     tmp_path_factory: pytest.TempPathFactory, tiny_config: Path, home: dict[str, str]
-) -> tuple[dict[str, str], float]:
-    """Checksums of the undisturbed run, and the seconds from its first shard to its end."""
+) -> tuple[dict[str, str], int]:
+    """Checksums of the undisturbed run, and how many events it reports."""
     url = tmp_path_factory.mktemp("runs") / "tiny"
     with working(tiny_config, url, home) as process:
-        began = time.monotonic()
         assert process.wait(timeout=300) == 0
-    return results_at(str(url)), time.monotonic() - began
+    return results_at(str(url)), events(url)
+
+
+def events(url: Path) -> int:
+    """Count what a run has reported: shards, M-steps, evaluations that ended."""
+    return sum(" in " in line for line in url.with_suffix(".log").read_text().splitlines())
+
+
+def at_some_instant(
+    rng: random.Random, url: Path, total: int, process: subprocess.Popen[bytes]
+) -> bool:
+    """Wait for a random event of a run and a moment more; tell whether it is still at work."""
+    wanted = rng.randrange(1, total)
+    while events(url) < wanted and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 0.3))
+    return process.poll() is None
 
 
 @contextmanager
@@ -52,7 +67,6 @@ def working(
     config: Path, url: Path, environment: dict[str, str], *more: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start a run in a session of its own, and wait until its first stage begins, or it ends."""
-    url.parent.mkdir(exist_ok=True)
     log = url.with_suffix(".log")
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -82,28 +96,23 @@ def finish(
     assert verify(RunStore.open(str(url))).ok
 
 
-def kill_flow(process: subprocess.Popen[bytes]) -> bool:
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    return True
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_the_process_of_the_run(
     seed: int,
     tmp_path: Path,
     tiny_config: Path,
     home: dict[str, str],
-    undisturbed: tuple[dict[str, str], float],
+    undisturbed: tuple[dict[str, str], int],
 ) -> None:
-    expected, seconds = undisturbed
+    expected, total = undisturbed
     rng = random.Random(f"flow {seed}")
     killed = 0
     for _ in range(3):
         with working(tiny_config, tmp_path / "run", home) as process:
-            time.sleep(rng.uniform(0, seconds))
-            if process.poll() is None:
-                killed += kill_flow(process)
+            if at_some_instant(rng, tmp_path / "run", total // 2, process):
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+                killed += 1
     finish(tiny_config, tmp_path / "run", home, expected)
     assert killed, "every run ended before its kill: nothing was tested"
 
@@ -130,16 +139,16 @@ def test_a_worker(
     tmp_path: Path,
     tiny_config: Path,
     home: dict[str, str],
-    undisturbed: tuple[dict[str, str], float],
+    undisturbed: tuple[dict[str, str], int],
 ) -> None:
-    expected, seconds = undisturbed
+    expected, total = undisturbed
     rng = random.Random(f"worker {seed}")
     killed = 0
     with working(tiny_config, tmp_path / "run", home, *WORKERS) as process:
-        for _ in range(2):
-            time.sleep(rng.uniform(0, seconds / 2))
+        for half in (1, 2):
+            working_still = at_some_instant(rng, tmp_path / "run", half * total // 2, process)
             workers = workers_of(process)
-            if process.poll() is None and workers:
+            if working_still and workers:
                 os.kill(rng.choice(workers), signal.SIGKILL)
                 killed += 1
         assert process.wait(timeout=300) == 0, "the run goes on with another worker"
@@ -154,17 +163,16 @@ def test_the_prefect_server(
     tmp_path: Path,
     tiny_config: Path,
     home: dict[str, str],
-    undisturbed: tuple[dict[str, str], float],
+    undisturbed: tuple[dict[str, str], int],
 ) -> None:
-    expected, seconds = undisturbed
+    expected, total = undisturbed
     rng = random.Random(f"server {seed}")
     (tmp_path / "server").mkdir()
     with (
         prefect_server(tmp_path / "server") as served,
         working(tiny_config, tmp_path / "run", served) as process,
     ):
-        time.sleep(rng.uniform(0, seconds / 2))
-        assert process.poll() is None
+        assert at_some_instant(rng, tmp_path / "run", total * 3 // 4, process)
         os.killpg(int(served["DIFFEM_TEST_SERVER"]), signal.SIGKILL)
         status = process.wait(timeout=300)
         assert status in (0, 1), "it ends by itself: done, or failed with a message"
