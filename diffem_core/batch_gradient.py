@@ -118,7 +118,7 @@ class BatchGradient:
                     loss.backward()  # type: ignore[no-untyped-call]
                     return loss.detach()
                 loss = loss * ((part.stop - part.start) / n)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 total += loss.detach()
         except torch.OutOfMemoryError:
             if all(part.stop - part.start == 1 for part in parts):

@@ -125,6 +125,6 @@ def _distances_of(labels: Tensor, rows: Tensor) -> Tensor:
     root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2) @ vectors.mT
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum(-1)
     trace = (cov_a + cov_b).diagonal(dim1=-2, dim2=-1).sum(-1)
-    distances = (mean_a - mean_b).square().sum(-1) + trace - 2 * cross
+    distances: Tensor = (mean_a - mean_b).square().sum(-1) + trace - 2 * cross
     unit = float(trace.mean()) * 1e-12
     return (distances / unit).round() if unit > 0 else distances

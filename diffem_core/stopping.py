@@ -210,6 +210,8 @@ def _floor(known: Sequence[Point], best: Point, rule: FloorRule) -> Decision:
         reason = f"{what}; {_iterations(rule.confirm)} there would end the run"
         return Decision(stop=False, best=first.iteration, reason=reason)
     reason = f"{what} and stayed there for {_iterations(there)}"
+    if first is known[0]:
+        reason += "; it was there from the start, so that it may be blind to what is wrong"
     return Decision(stop=True, best=first.iteration, reason=reason)
 
 

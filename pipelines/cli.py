@@ -14,6 +14,7 @@ from pipelines.commands.check import check
 from pipelines.commands.export import export
 from pipelines.commands.ingest import ingest
 from pipelines.commands.reconstruct import reconstruct
+from pipelines.commands.report import report
 from pipelines.commands.run import run
 from pipelines.commands.sample import sample
 from pipelines.commands.serve import serve
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _command in (run, check, serve, status, verify, ingest, reconstruct, sample, export):
+for _command in (run, check, serve, status, report, verify, ingest, reconstruct, sample, export):
     app.command()(_command)
 app.add_typer(bench)
 

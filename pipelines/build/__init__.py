@@ -10,7 +10,7 @@ from pipelines.build.channel import (
     stand_in_prior,
 )
 from pipelines.build.model import build_denoiser, build_schedule, build_times
-from pipelines.build.monitors import build_features, build_stop_rule
+from pipelines.build.monitors import build_features, build_stop_rule, check_monitors
 from pipelines.build.sampling import (
     build_grid,
     build_posterior,
@@ -52,6 +52,7 @@ __all__ = [
     "build_temperature",
     "build_times",
     "build_validation",
+    "check_monitors",
     "cov_x_rank",
     "m_step_length",
     "network_calls",

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import assert_never
 
 import torch
 from torch import Tensor
 
+from diffem_core.channel import Channel
+from diffem_core.monitors import observation_features
+from diffem_core.scaling import Scaling
 from diffem_core.stopping import BudgetRule, FloorRule, PlateauRule, StopRule
 from pipelines.build.targets import build_target
 from storage_schemas import config as models
 
-__all__ = ["build_features", "build_stop_rule"]
+__all__ = ["build_features", "build_stop_rule", "check_monitors"]
 
 _BATCH = 256
 
@@ -43,6 +46,24 @@ def build_features(config: models.FrechetMonitor) -> Callable[[Tensor], Tensor] 
         return rows
 
     return features
+
+
+def check_monitors(
+    config: models.EvaluationConfig,
+    channel: Channel,
+    scaling: Scaling,
+    y: Tensor,
+    params: Mapping[str, Tensor],
+) -> None:
+    """Build the features that monitors name, and pass observations through them.
+
+    Raises:
+        ValueError: There is no such class, or it does not take its arguments or observations.
+    """
+    for monitor in config.monitors:
+        features = build_features(monitor) if isinstance(monitor, models.FrechetMonitor) else None
+        if features is not None:
+            features(observation_features(channel, scaling, y, params))
 
 
 def build_stop_rule(config: models.StopConfig) -> StopRule:

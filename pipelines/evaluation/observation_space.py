@@ -164,9 +164,10 @@ def _pairs(
     first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor] | None, long_name: str
 ) -> Metric:
     assert second is not None, "one channel made both"
-    if not all(_neighbours(seen) for _, seen in (first, second)):
-        return left_out("no two neighbouring pixels are seen together")
-    result = cooccurrence_divergence(*first, *second)
+    try:
+        result = cooccurrence_divergence(*first, *second)
+    except ValueError as problem:  # too few neighbours are seen together, and it says so
+        return left_out(str(problem))
     error = finite(result.standard_error)
     return Metric(
         value=100 * result.value,
@@ -175,12 +176,6 @@ def _pairs(
         units="%",
         better="lower",
     )
-
-
-def _neighbours(seen: Tensor) -> bool:
-    beside = seen[..., 1:] & seen[..., :-1]
-    below = seen[..., 1:, :] & seen[..., :-1, :]
-    return bool(beside.any() or below.any())
 
 
 def _seen_images(

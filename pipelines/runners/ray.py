@@ -101,7 +101,10 @@ def build_ray_task_runner(config: RayRunner) -> ClusterTaskRunner:
 
 def shard_resources(config: RayRunner) -> AbstractContextManager[Any]:
     """Return a context in which tasks are submitted with the resources that a shard takes."""
-    return remote_options(num_gpus=config.gpus_per_shard, num_cpus=config.cpus_per_shard)
+    resources: AbstractContextManager[Any] = remote_options(
+        num_gpus=config.gpus_per_shard, num_cpus=config.cpus_per_shard
+    )
+    return resources
 
 
 def _init_arguments(config: RayRunner) -> dict[str, Any]:
@@ -205,7 +208,7 @@ def _ask(wish: Any) -> bool:
 # --------------------------------------------------------------------------------------- shards
 
 
-class ClusterFuture(PrefectRayFuture[Any]):
+class ClusterFuture(PrefectRayFuture[Any]):  # type: ignore[misc]
     """A task on the cluster; when an end is asked for, it is told, and not waited for long."""
 
     def result(self, timeout: float | None = None, raise_on_failure: bool = True) -> Any:
@@ -248,7 +251,7 @@ def _told(reason: str) -> float:
     return _asked[job]
 
 
-class ClusterTaskRunner(RayTaskRunner[Any]):
+class ClusterTaskRunner(RayTaskRunner[Any]):  # type: ignore[misc]
     """Prefect's task runner for Ray, whose tasks and futures heed `cancellation`."""
 
     def __enter__(self) -> Self:

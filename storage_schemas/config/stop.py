@@ -13,7 +13,11 @@ __all__ = ["BudgetStop", "FloorStop", "PlateauStop", "StopConfig", "WatchedMonit
 WatchedMonitor = Literal[
     "divergence", "sliced_wasserstein", "energy", "mmd", "classifier", "frechet"
 ]
-"""Monitors that a run may be stopped by. None of them knows the truth."""
+"""Monitors that a run may be stopped by. None of them knows the truth.
+
+The Gaussian start has the means and covariances of the data already. Monitors that see little else
+(`sliced_wasserstein`, `energy`, `mmd`, `frechet` of components, `classifier`) are then at their
+floor from the start and would stop the run at once: on the digits, only `divergence` follows EM."""
 
 
 class BudgetStop(Record):

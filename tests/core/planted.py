@@ -1,4 +1,4 @@
-"""Planted cases that monitors are tried on: a world known in closed form, and what goes wrong in it.
+"""Planted cases that monitors are tried on: a world in closed form, and what goes wrong in it.
 
 Clean images are x = m + B w with w ~ N(0, I_3) over 36 pixels, seen through random masks. Faulty
 reconstructions are made of clean images themselves, so that everything but the fault is right.
@@ -48,7 +48,7 @@ def collapsed(n: int, images: int, seed: int) -> Tensor:
 
 
 def most_alarms(trials: int, level: float) -> int:
-    """Return a count that alarms exceed with a probability below 1e-4 if they are at their level."""
+    """Return a count that alarms at their level exceed with a probability below 1e-4."""
     from scipy.stats import binom
 
     return int(binom.isf(1e-4, trials, level))

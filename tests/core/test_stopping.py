@@ -103,7 +103,7 @@ CASES: dict[str, tuple[list[Point], StopRule, bool, int, str]] = {
         FLOOR,
         True,
         0,
-        "came within a standard error of its floor",
+        "blind to what is wrong",
     ),
     "at the floor once": (
         history(0.9, 0.5, 0.11),

@@ -311,7 +311,8 @@ def named_places(message: str, text: str) -> set[str]:
     found = set()
     for line in message.splitlines():
         head = line.strip().partition(": ")[0]
-        if {head, head.rpartition(".")[0]} & (existing | KNOWN):  # it, or where it is missing
+        parent = head.rpartition(".")[0]  # where it is missing, or an alias that never ends
+        if {head, parent, parent.rpartition(".")[0]} & (existing | KNOWN):
             found.add(head)
         for word in line.replace("'", " ").replace("`", " ").split():
             path = word.strip(".,;:()")

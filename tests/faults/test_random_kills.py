@@ -133,15 +133,26 @@ def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
     return found
 
 
+@pytest.fixture(scope="module")
+def undisturbed_workers(
+    tmp_path_factory: pytest.TempPathFactory, tiny_config: Path, home: dict[str, str]
+) -> tuple[dict[str, str], int]:
+    """The same with two workers: M-steps have two threads there, and round otherwise."""
+    url = tmp_path_factory.mktemp("runs") / "workers"
+    with working(tiny_config, url, home, *WORKERS) as process:
+        assert process.wait(timeout=300) == 0
+    return results_at(str(url)), events(url)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_worker(
     seed: int,
     tmp_path: Path,
     tiny_config: Path,
     home: dict[str, str],
-    undisturbed: tuple[dict[str, str], int],
+    undisturbed_workers: tuple[dict[str, str], int],
 ) -> None:
-    expected, total = undisturbed
+    expected, total = undisturbed_workers
     rng = random.Random(f"worker {seed}")
     killed = 0
     with working(tiny_config, tmp_path / "run", home, *WORKERS) as process:

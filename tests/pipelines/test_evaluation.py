@@ -26,15 +26,26 @@ from diffem_core.physics_channels import (
 )
 from diffem_core.scaling import Scaling
 from pipelines.evaluation import Evaluation, Observed, Truth, divergences, evaluate, work_of
+from pipelines.evaluation.observation_space import TWO_SAMPLE
 from pipelines.preview import image_preview, observed_images
 from pipelines.sources import load_clean_samples
 from storage_schemas.config import (
+    ClassifierMonitor,
     DigitsData,
+    DiversityMonitor,
+    EnergyMonitor,
     EvaluationConfig,
+    FrechetMonitor,
+    HiddenRanksMonitor,
+    MmdMonitor,
+    MonitorConfig,
     PhotosData,
+    PredictiveMonitor,
     SinkhornDistance,
+    SlicedMonitor,
     SlicedWassersteinDistance,
 )
+from storage_schemas.metrics import Metric
 
 SHAPE = (1, 8, 8)
 STD = 2.0
@@ -134,12 +145,14 @@ def test_the_divergence_is_at_its_floor_for_the_true_posterior_and_above_it_for_
 def test_without_truth_nothing_of_it_is_measured() -> None:
     with_truth = judge(WhitePosterior(), CONFIG)
     without = judge(WhitePosterior(), CONFIG, with_truth=False)
+    two_sample = ("divergence", "sliced_wasserstein", "energy", "classifier", "frechet")
     assert set(without.metrics.values) == {
-        "divergence",
-        "divergence_floor",
-        "sliced_wasserstein",
-        "sliced_wasserstein_floor",
+        *(name + suffix for name in two_sample for suffix in ("", "_floor")),
+        *("residual", "predictive", "uncovered", "participation", "participation_start"),
+        *("draw_variance", "nearest", "duplicates", "collapse"),
     }
+    errors = {"coverage_50", "coverage_90", "ranks", "spread_ratio", "hidden_rmse_mean"}
+    assert errors <= set(with_truth.metrics.values)
     assert torch.equal(with_truth.draws, without.draws)
     for name, metric in without.metrics.values.items():
         assert metric == with_truth.metrics.values[name]
@@ -162,18 +175,23 @@ def test_floors_are_taken_over() -> None:
         batch_size=64,
     ).metrics.values
     assert again["divergence_floor"] == first["divergence_floor"]
+    assert again["energy_floor"] == first["energy_floor"]
+    assert again["participation_start"] == first["participation_start"]
     assert again["divergence"] != first["divergence"]
+    assert again["participation"] != first["participation"]
 
 
 def test_the_work_that_is_announced_is_the_work_that_is_done() -> None:
     done = []
+    hidden = HiddenRanksMonitor(draws=3, samples=50)
+    config = CONFIG.model_copy(update={"monitors": (hidden,)})
     _, holdout = observe(120, 0)
     _, others = observe(400, 1)
     evaluate(
         WhitePosterior(),
         channel=RandomMask(SHAPE, keep=0.5, noise_std=0.0),
         scaling=SCALING,
-        config=CONFIG,
+        config=config,
         holdout=holdout,
         others=others,
         truth=None,
@@ -182,7 +200,7 @@ def test_the_work_that_is_announced_is_the_work_that_is_done() -> None:
         batch_size=50,
         on_progress=done.append,
     )
-    assert sum(done) == work_of(CONFIG, holdout=120, others=400) == 4 * 120 + 100
+    assert sum(done) == work_of(config, holdout=120, others=400) == 4 * 120 + 100 + 3 * 50
 
 
 def test_a_distance_whose_clean_samples_are_all_taken_says_so() -> None:
@@ -499,3 +517,230 @@ def test_colours_are_shown_and_observations_can_be_left_out() -> None:
     assert ((shown[..., 0] > 250) & (shown[..., 1:] < 5).all(-1)).mean() > 0.2
     shorter = picture(red, observed=None, value_range=(0, 255))
     assert shorter.shape[0] < shown.shape[0]
+
+
+EVERY = (*EvaluationConfig().monitors, MmdMonitor(), HiddenRanksMonitor())
+
+
+def test_metrics_are_numbers_or_say_why_not() -> None:
+    # One and five held-out observations are too few for nearly everything.
+    for count in (1, 5):
+        _, holdout = observe(count, 0)
+        _, others = observe(60, 1)
+        values = evaluate(
+            WhitePosterior(),
+            channel=RandomMask(SHAPE, keep=0.5, noise_std=0.0),
+            scaling=SCALING,
+            config=EvaluationConfig(draws=2, reconstructions=60, preview=0, monitors=EVERY),
+            holdout=holdout,
+            others=others,
+            truth=None,
+            floors=None,
+            seed=0,
+            batch_size=64,
+        ).metrics.values
+        for name in ("energy", "mmd", "classifier", "frechet", "residual", "uncovered"):
+            assert values[name].value is None
+            assert values[name].long_name.startswith("not known: ")
+        assert "lower evaluation.reconstructions" in values["frechet"].long_name
+        assert (values["divergence"].value is None) == (count == 1)
+        assert (
+            values["divergence"].value
+            or "give more observations" in values["divergence"].long_name
+        )
+
+
+def test_constant_images_leave_numbers_out_with_the_reason() -> None:
+    class Constant:
+        def sample(
+            self, y: Tensor, params: Mapping[str, Tensor], *, seeds: Sequence[int], **_: float
+        ) -> Tensor:
+            return torch.full((len(y), *SHAPE), 1.0)
+
+    channel = denoising(SHAPE, noise_std=0.0)
+    observed = observe_by(channel, torch.full((100, *SHAPE), 1.0), 0)
+    values = evaluate(
+        Constant(),
+        channel=channel,
+        scaling=SCALING,
+        config=EvaluationConfig(draws=2, reconstructions=50, preview=0, monitors=EVERY),
+        holdout=observed,
+        others=observed,
+        truth=None,
+        floors=None,
+        seed=0,
+        batch_size=64,
+    ).metrics.values
+    for name in ("energy", "mmd", "classifier", "frechet", "participation", "draw_variance"):
+        assert values[name].value is None, name
+        assert "is the same" in values[name].long_name
+    assert values["duplicates"].value == 1
+    assert values["collapse"].value == 0  # nothing is less diverse than the data
+
+
+def numbers(monitor: MonitorConfig, name: str) -> tuple[Metric, Metric]:
+    config = CONFIG.model_copy(update={"monitors": (monitor,)})
+    values = judge(WhitePosterior(), config).metrics.values
+    return values[name], values.get(f"{name}_floor", values[name])
+
+
+@pytest.mark.parametrize(
+    ("monitor", "change"),
+    [
+        (SlicedMonitor(), {"projections": 16}),
+        (EnergyMonitor(), {"samples": 60}),
+        (EnergyMonitor(), {"permutations": 24}),
+        (MmdMonitor(), {"bandwidth": 0.5}),
+        (MmdMonitor(), {"samples": 60}),
+        (MmdMonitor(), {"permutations": 24}),
+        (ClassifierMonitor(), {"model": "mlp"}),
+        (ClassifierMonitor(), {"components": 4}),
+        (ClassifierMonitor(), {"samples": 90}),
+        (FrechetMonitor(), {"components": 8}),
+        (FrechetMonitor(), {"permutations": 24}),
+        (FrechetMonitor(), {"features": "tests.pipelines.test_evaluation:Means"}),
+        (HiddenRanksMonitor(), {"draws": 3}),
+        (HiddenRanksMonitor(), {"fraction": 0.3}),
+        (HiddenRanksMonitor(), {"samples": 60}),
+        (DiversityMonitor(), {"references": 20}),
+        (DiversityMonitor(), {"observations": 30}),
+    ],
+    ids=str,
+)
+def test_every_field_of_a_monitor_changes_what_is_measured(
+    monitor: MonitorConfig, change: dict[str, object]
+) -> None:
+    name = {"diversity": "uncovered"}.get(monitor.kind, monitor.kind)
+    before = numbers(monitor, name)
+    assert before == numbers(monitor, name)
+    other = numbers(type(monitor).model_validate({**monitor.model_dump(), **change}), name)
+    assert before != other
+    assert all(metric.value is not None for metric in (*before, *other))
+
+
+class Means:
+    """Features of one's own: the mean of an image, and of its square."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor = factor
+
+    def __call__(self, seen: Tensor) -> Tensor:
+        assert seen.shape[1:] == SHAPE
+        flat = self.factor * seen.flatten(1)
+        return torch.stack([flat.mean(1), flat.square().mean(1)], dim=1)
+
+
+def test_features_of_one_s_own_get_their_arguments_and_are_checked() -> None:
+    target = "tests.pipelines.test_evaluation:Means"
+    once, _ = numbers(FrechetMonitor(features=target), "frechet")
+    twice, _ = numbers(FrechetMonitor(features=target, arguments={"factor": 2.0}), "frechet")
+    assert once.value is not None
+    assert twice.value is not None
+    assert twice.value > 3 * once.value
+    assert target in once.long_name
+    monitor = FrechetMonitor(features=target, arguments={"factor": 1e200})
+    with pytest.raises(ValueError, match="return one finite row for each"):
+        numbers(monitor, "frechet")
+    with pytest.raises(ValueError, match="no such class"):
+        numbers(FrechetMonitor(features="tests.pipelines.test_evaluation:Nobody"), "frechet")
+
+
+def test_monitors_draw_nothing_that_others_depend_on() -> None:
+    every = judge(WhitePosterior(), CONFIG.model_copy(update={"monitors": EVERY}))
+    none = judge(WhitePosterior(), CONFIG.model_copy(update={"monitors": ()}))
+    assert torch.equal(every.draws, none.draws)
+    assert torch.equal(every.reconstructions, none.reconstructions)
+    for name, metric in none.metrics.values.items():
+        assert every.metrics.values[name] == metric
+
+
+def test_a_collapsed_posterior_is_warned_of_and_the_true_one_is_not() -> None:
+    class Collapsed(WhitePosterior):
+        def sample(
+            self,
+            y: Tensor,
+            params: Mapping[str, Tensor],
+            *,
+            seeds: Sequence[int],
+            temperature: float = 1.0,
+        ) -> Tensor:
+            few = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(5)) * STD
+            return few[[seed % 3 for seed in seeds]]
+
+    config = CONFIG.model_copy(update={"monitors": EVERY})
+    true = judge(WhitePosterior(), config).metrics.values
+    wrong = judge(Collapsed(), config).metrics.values
+    assert true["collapse"].value == 0
+    assert wrong["collapse"].value == 1
+    assert "held-out observations are farther" in wrong["collapse"].long_name
+    for name in ("energy", "mmd", "classifier", "frechet"):
+        found, right = wrong[name], true[name]
+        assert found.p_value is not None
+        assert right.p_value is not None
+        assert found.p_value <= 0.01 < right.p_value, name
+        assert found.better == "lower"
+    assert wrong["duplicates"].value == 1
+    assert wrong["ranks"].p_value is not None
+    assert wrong["ranks"].p_value < 1e-3
+
+
+def test_hidden_ranks_ask_the_posterior_for_hidden_pixels() -> None:
+    config = CONFIG.model_copy(update={"monitors": (HiddenRanksMonitor(fraction=0.2),)})
+    true, sure = (
+        judge(WhitePosterior(spread), config, with_truth=False).metrics.values["hidden_ranks"]
+        for spread in (STD, 0.3 * STD)
+    )
+    assert true.p_value is not None
+    assert true.p_value > 0.01
+    # 120 images with 6 hidden pixels each: 12 (u - 1/2)^2 has a standard deviation of 0.9, so that
+    # its mean over 720 is off by 0.033; three times.
+    assert true.value == pytest.approx(1, abs=0.1)
+    assert sure.value is not None
+    assert sure.value > 1.5
+    assert sure.bins is not None
+    assert sum(sure.bins) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", NON_LINEAR)
+def test_the_predictive_check_serves_every_channel(kind: str) -> None:
+    channel, x = NON_LINEAR[kind](), digits()[:300]
+
+    class Answering:
+        def __init__(self, answers: Tensor) -> None:
+            self.answers = answers
+
+        def sample(
+            self, y: Tensor, params: Mapping[str, Tensor], *, seeds: Sequence[int], **_: float
+        ) -> Tensor:
+            return self.answers[: len(seeds)]
+
+    def predictive(answers: Tensor) -> Metric:
+        return evaluate(
+            Answering(answers),
+            channel=channel,
+            scaling=Scaling.from_range(0, 16),
+            config=EvaluationConfig(
+                draws=2, reconstructions=100, preview=0, monitors=(PredictiveMonitor(),)
+            ),
+            holdout=observe_by(channel, x, 2),
+            others=observe_by(channel, x, 3),
+            truth=None,
+            floors=None,
+            seed=0,
+            batch_size=300,
+        ).metrics.values["predictive"]
+
+    # The truth is a sample of its own posterior; JPEG repeats itself, so that all are ties.
+    right, wrong = predictive(x), predictive(smoothed(x))
+    if kind == "jpeg":
+        assert right.value is None
+    else:
+        assert right.p_value is not None
+        assert right.p_value > 0.01
+    assert wrong.value is not None
+    assert wrong.value > 0.9
+
+
+def test_every_monitor_of_two_samples_is_known_by_name() -> None:
+    values = judge(WhitePosterior(), CONFIG.model_copy(update={"monitors": EVERY})).metrics.values
+    assert {name for name in values if f"{name}_floor" in values} - {"distance"} == set(TWO_SAMPLE)

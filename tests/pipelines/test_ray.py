@@ -1,4 +1,4 @@
-"""Runs on a Ray cluster of two nodes on this machine: the bytes of one machine, and a dead node."""
+"""Runs on a Ray cluster of two nodes on this machine: the bytes of one machine, a dead node."""
 
 from __future__ import annotations
 
