@@ -7,6 +7,9 @@
 
 from __future__ import annotations
 
+import math
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,8 +23,9 @@ from diffem_core.seeds import derive_seed
 if TYPE_CHECKING:
     from diffem_core.channel import Channel
 
-__all__ = ["Batches", "Examples", "denoising_loss"]
+__all__ = ["Ahead", "Batches", "Examples", "denoising_loss"]
 
+_AT_HAND = 256 * 2**20  # Bytes of reconstructions that are not worth fetching ahead.
 _FIXED_BLOCK = 4096  # Samples per seed where corruptions are fixed for the iteration.
 
 
@@ -82,10 +86,18 @@ class Examples:
         joined = {name: torch.cat([p[name] for p in all_params]) for name in all_params[0]}
         self._fixed = torch.cat(ys), joined
 
-    def draw(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        """Make the examples of some rows, on the generator's device."""
+    def draw(
+        self, rows: Tensor, generator: torch.Generator, fetched: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Make the examples of some rows, on the generator's device.
+
+        Arguments:
+            rows: Which reconstructions.
+            generator: Draws the corruption.
+            fetched: These reconstructions, where the caller has them already.
+        """
         device = generator.device
-        x = self.x_hat[rows].to(device)
+        x = (self.x_hat[rows] if fetched is None else fetched).to(device)
         if self.augmentation is not None:
             x = self.augmentation(x, generator=generator)
         condition = None
@@ -128,3 +140,51 @@ class Batches:
     def _order(self, number: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", number))
         return torch.randperm(self.n, generator=generator)
+
+
+class Ahead:
+    """Fetches the batch of the next step while this one is worked on.
+
+    Reconstructions may be a file that is mapped into memory, whose pages have to be read first.
+    Where they are few, they are at hand anyway, and a thread would cost more than it spares.
+
+    Arguments:
+        x_hat: Reconstructions, shape (n, *x_shape).
+        batches: The rows of each step.
+        steps: How many steps there are.
+    """
+
+    def __init__(self, x_hat: Tensor, batches: Batches, steps: int) -> None:
+        self.waited = 0.0
+        """Seconds that callers have waited for data."""
+        self._x_hat = x_hat
+        self._batches = batches
+        self._steps = steps
+        self._pool = None
+        if 4 * math.prod(x_hat.shape) > _AT_HAND:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="diffem-ahead")
+        self._next: tuple[int, Tensor, Future[Tensor]] | None = None
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return the rows of a step, and their reconstructions."""
+        began = time.perf_counter()
+        if self._pool is None:
+            rows = self._batches.rows(step)
+            x = self._x_hat[rows]
+        else:
+            if self._next is None or self._next[0] != step:
+                self._next = self._begin(step, self._pool)
+            _, rows, future = self._next
+            x = future.result()
+            self._next = self._begin(step + 1, self._pool) if step + 1 < self._steps else None
+        self.waited += time.perf_counter() - began
+        return rows, x
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _begin(self, step: int, pool: ThreadPoolExecutor) -> tuple[int, Tensor, Future[Tensor]]:
+        rows = self._batches.rows(step)
+        return step, rows, pool.submit(self._x_hat.__getitem__, rows)

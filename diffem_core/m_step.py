@@ -33,7 +33,7 @@ from diffem_core.augmentation import Augmentation
 from diffem_core.batch_gradient import BatchGradient
 from diffem_core.data_parallel import DataParallel
 from diffem_core.denoiser import Denoiser
-from diffem_core.examples import Batches, Examples, denoising_loss
+from diffem_core.examples import Ahead, Batches, Examples, denoising_loss
 from diffem_core.scaling import Scaling
 from diffem_core.schedule import Schedule
 from diffem_core.seeds import derive_seed
@@ -64,6 +64,7 @@ class MStepResult:
         stopped_early: Whether the held-out loss ended the M-step before its last step. The weights
             are those of the last step done, not of the lowest loss.
         interrupted: Whether `stop` ended the M-step before its last step; it goes on from `state`.
+        waited: Seconds that this call waited for reconstructions to be read.
     """
 
     weights: dict[str, Tensor]
@@ -74,6 +75,7 @@ class MStepResult:
     validation: tuple[tuple[int, float], ...]
     stopped_early: bool
     interrupted: bool
+    waited: float
 
 
 def m_step(
@@ -192,7 +194,7 @@ def m_step(
             seed=seed,
             group=group,
         )
-    batches = Batches(len(x_hat), batch_size, seed)
+    fetch = Ahead(x_hat, Batches(len(x_hat), batch_size, seed), steps)
     generator = torch.Generator(device)
     gradient = BatchGradient(
         denoiser, generator, gradient=optimizer.gradient, group=group, on_split=on_split
@@ -224,7 +226,8 @@ def m_step(
             step = done
             generator.manual_seed(derive_seed(seed, "m_step", step))
             with torch.no_grad():
-                x, condition = examples.draw(batches.rows(step), generator)
+                rows, fetched = fetch(step)
+                x, condition = examples.draw(rows, generator, fetched)
                 z = torch.empty_like(x).normal_(generator=generator)
                 t = times.sample(len(x), schedule=schedule, generator=generator, device=device)
                 sigma_t = schedule.sigma(t)
@@ -251,6 +254,7 @@ def m_step(
                 interrupted = stop is not None and stop()
     finally:
         gradient.release()
+        fetch.close()
     final = TrainingState(step=done, losses=losses, groups=groups, looks=looks)
     optimizer.release()
     denoiser.eval()
@@ -267,6 +271,7 @@ def m_step(
         validation=looks,
         stopped_early=done < steps and not interrupted,
         interrupted=interrupted and done < steps,
+        waited=fetch.waited,
     )
 
 

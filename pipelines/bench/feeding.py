@@ -1,15 +1,14 @@
 """Does training wait for its data? The same M-step on reconstructions in memory and in a file.
 
 `feeding.gathered` keeps them in memory, or in a scratch file that is mapped, by the budget that it
-is given. The time that passes while a batch is fetched is taken inside the M-step; the two take
-turns, so that a machine that is busy with something else disturbs both.
+is given. How long it waited for batches is told by the M-step; the two take turns, so that a
+machine that is busy with something else disturbs both.
 """
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -71,27 +70,6 @@ def measure_feeding(
     )
 
 
-class _Watched:
-    """Reconstructions, and the seconds that fetching some of them takes.
-
-    It has what an M-step asks of them, and no more.
-    """
-
-    def __init__(self, x_hat: Tensor) -> None:
-        self._x_hat = x_hat
-        self.shape = x_hat.shape
-        self.seconds = 0.0
-
-    def __len__(self) -> int:
-        return len(self._x_hat)
-
-    def __getitem__(self, rows: Tensor) -> Tensor:
-        began = time.perf_counter()
-        batch = self._x_hat[rows]
-        self.seconds += time.perf_counter() - began
-        return batch
-
-
 def _trained(x_hat: Tensor, channels: tuple[int, ...], steps: int) -> tuple[float, float]:
     """Return the seconds of some steps, and those of fetching their batches."""
     bands, height, width = (int(size) for size in x_hat.shape[1:])
@@ -106,11 +84,10 @@ def _trained(x_hat: Tensor, channels: tuple[int, ...], steps: int) -> tuple[floa
         embedding=64,
         dropout=0.0,
     )
-    watched = _Watched(x_hat)
     began = time.perf_counter()
-    m_step(
+    result = m_step(
         Denoiser(network),
-        cast("Tensor", watched),
+        x_hat,
         channel,
         Scaling.from_range(-2, 2),
         VELogLinear(sigma_min=0.15, sigma_max=10.0),
@@ -122,7 +99,7 @@ def _trained(x_hat: Tensor, channels: tuple[int, ...], steps: int) -> tuple[floa
         clip_norm=1.0,
         seed=0,
     )
-    return time.perf_counter() - began, watched.seconds
+    return time.perf_counter() - began, result.waited
 
 
 def _written(url: str, samples: int, x_shape: tuple[int, ...]) -> IterationStore:

@@ -311,8 +311,10 @@ def named_places(message: str, text: str) -> set[str]:
     found = set()
     for line in message.splitlines():
         head = line.strip().partition(": ")[0]
-        parent = head.rpartition(".")[0]  # where it is missing, or an alias that never ends
-        if {head, parent, parent.rpartition(".")[0]} & (existing | KNOWN):
+        around = {head, head.rpartition(".")[0]}  # it, or where it is missing
+        if "goes on for more than" in line:  # an alias that never ends: no path to its end
+            around.add(head.partition(".")[0])
+        if around & (existing | KNOWN):
             found.add(head)
         for word in line.replace("'", " ").replace("`", " ").split():
             path = word.strip(".,;:()")
@@ -463,3 +465,13 @@ def test_a_key_that_comes_twice_is_named(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(TINY) + "iterations: 99\n")
     with pytest.raises(ConfigError, match=r"the key 'iterations' comes twice"):
         load_config(str(path))
+
+
+def test_a_value_of_several_types_is_named_by_its_path_alone(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    channel = {"kind": "gaussian_blur", "sigma": [1.2], "noise_std": 0.4}
+    path.write_text(yaml.safe_dump({**TINY, "channel": channel}))
+    with pytest.raises(ConfigError) as error:
+        load_config(str(path))
+    places = [line.partition(": ")[0] for line in str(error.value).splitlines()[1:]]
+    assert places == ["  channel.sigma", "  channel.sigma.1"]
