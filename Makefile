@@ -48,7 +48,7 @@ test-all: lint types
 
 # Two more object stores for the tests, where Node.js is: without them those tests are skipped.
 servers:
-	npm install --no-audit --no-fund --no-save --prefix tests s3rver@3 azurite@3
+	npm install --no-audit --no-fund --no-save --prefix tests s3rver@3 azurite@3 axe-core@4
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

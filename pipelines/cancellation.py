@@ -9,8 +9,10 @@ of an E-step, and after each step of an M-step, which writes a checkpoint first.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["Cancelled", "allow", "check", "request", "requested"]
+__all__ = ["Cancelled", "allow", "begin", "check", "lasting", "request", "requested"]
 
 
 class Cancelled(BaseException):
@@ -23,6 +25,7 @@ class Cancelled(BaseException):
 
 _asked = threading.Event()
 _reason = ""
+_lasts = False
 
 
 def request(reason: str) -> None:
@@ -48,8 +51,30 @@ def check() -> None:
         raise Cancelled(_reason)
 
 
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Let an end that is asked for in this context last until its end, whatever begins in it.
+
+    What was asked for before is forgotten, and so is what was asked for in it afterwards.
+    """
+    global _lasts
+    allow()
+    _lasts = True
+    try:
+        yield
+    finally:
+        _lasts = False
+        allow()
+
+
+def begin() -> None:
+    """Forget what was asked of an earlier run of this process, outside of `lasting`."""
+    if not _lasts:
+        allow()
+
+
 def allow() -> None:
-    """Forget that an end was asked for: before the next run in this process."""
+    """Forget that an end was asked for."""
     global _reason
     _reason = ""
     _asked.clear()

@@ -309,6 +309,7 @@ def advance_run(
         ValueError: The caller made a mistake.
     """
     began = time.monotonic()
+    cancellation.begin()
     store = RunStore.open(run_url)
     config = store.config
     with ExitStack() as stack:

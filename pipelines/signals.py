@@ -23,7 +23,6 @@ def ending_softly() -> Iterator[None]:
     A second one, or a work that has not stopped after some seconds, is interrupted at once: what
     it did since its last resumable point is done anew later. Does nothing in a thread.
     """
-    cancellation.allow()
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -41,12 +40,12 @@ def ending_softly() -> Iterator[None]:
         timer.daemon = True
         timer.start()
 
-    before = {s: signal.signal(s, heed) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if timer is not None:
-            timer.cancel()
-        cancellation.allow()
+    with cancellation.lasting():
+        before = {s: signal.signal(s, heed) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            if timer is not None:
+                timer.cancel()

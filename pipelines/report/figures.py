@@ -201,11 +201,7 @@ def draw_spectra(name: str, frequencies: Sequence[float], spectra: Sequence[Spec
         axes.set_yscale("log")
         low = min(min(spectrum.power) for spectrum in spectra)
         high = max(max(spectrum.power) for spectrum in spectra)
-        ticks = [m * 10.0**e for e in range(-30, 31) for m in (1, 2, 5)]
-        inside = [tick for tick in ticks if low / 1.3 <= tick <= high * 1.3]
-        if len(inside) > 6:
-            inside = [tick for tick in inside if f"{tick:e}"[0] == "1"]
-        axes.yaxis.set_major_locator(FixedLocator(inside))
+        axes.yaxis.set_major_locator(FixedLocator(_decade_ticks(low, high)))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: number(v)))
     axes.set_xlabel("cycles per pixel")
@@ -235,6 +231,18 @@ def _room(axes: Axes) -> None:
         axes.set_ylim(middle - least, middle + least)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: number(v)))
+
+
+def _decade_ticks(low: float, high: float) -> list[float]:
+    """Choose three to seven round values on a logarithmic axis."""
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
+    for digits in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5, 7), tuple(range(1, 10))):
+        ticks = [d * 10.0**e for e in decades for d in digits]
+        ticks = [tick for tick in ticks if low / 1.2 <= tick <= high * 1.2]
+        if len(ticks) >= 4:
+            break
+    return ticks[:: max(1, math.ceil(len(ticks) / 7))]
 
 
 def _steps_axis(axes: Axes, steps: Sequence[Step]) -> None:

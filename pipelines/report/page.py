@@ -51,15 +51,17 @@ def render_report(report: Report, spectra: Spectra | None = None) -> str:
     environment.globals |= {"interval_of": interval_of}
     pictures = [_picture(step) for step in report.steps if step.picture is not None]
     best = report.best
-    featured = next(
-        (p for p in pictures if best is not None and p["step"] is best), (pictures or [None])[-1]
-    )
+    featured = next((picture for picture in pictures if picture["step"] is best), None)
+    if featured is None and pictures:
+        featured = pictures[-1]
     return environment.get_template("page.html.j2").render(
         css=Markup(_text("page.css")),
         script=Markup(_text("page.js")),
         report=report,
         status=report.status,
         title=report.status.name,
+        description=without_secrets(report.config.description),
+        shown=_shown(report),
         chip=_chip(report),
         findings=verdict(report, curves),
         tiles=_tiles(report, curves),
@@ -74,10 +76,25 @@ def render_report(report: Report, spectra: Spectra | None = None) -> str:
         prior=report.prior,
         config=without_secrets(
             yaml.safe_dump(
-                report.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True
+                report.config.model_dump(mode="json"),
+                sort_keys=False,
+                allow_unicode=True,
+                width=10**6,
             )
         ),
         facts=_facts(report),
+    )
+
+
+def _shown(report: Report) -> str:
+    """Say what the pictures show, for those who cannot see them."""
+    seal = report.observations
+    if seal is not None and len(seal.x_shape) == 1:
+        return "scatter plots of reconstructions, beside clean samples where these are known"
+    truth = "clean images, " if seal is not None and seal.truth else ""
+    return (
+        f"rows of {truth}observations, posterior samples, their mean, and their standard "
+        "deviation pixel by pixel"
     )
 
 
@@ -97,7 +114,7 @@ def _chip(report: Report) -> dict[str, str]:
 def _tiles(report: Report, curves: list[Series]) -> list[dict[str, str]]:
     """Choose the few numbers that stand above everything."""
     by_name = {series.name: series for series in curves}
-    tiles = []
+    tiles: list[dict[str, str]] = []
     for name in ("divergence", "psnr_mean", "hidden_rmse_mean", "rmse_mean", "distance"):
         series = by_name.get(name)
         if series is None or not series.known or len(tiles) == 3:
@@ -106,7 +123,7 @@ def _tiles(report: Report, curves: list[Series]) -> list[dict[str, str]]:
         unit = f" {series.units}" if series.units else ""
         notes = []
         if first is not last:
-            notes.append(f"{number(first.metric.value or 0.0)} at the {first.step.name}")
+            notes.append(f"{number(first.metric.value or 0.0)} at {first.step.place}")
         notes += [
             f"{called} {number(metric.value)}"
             for called, metric in series.references
@@ -160,9 +177,9 @@ def _summary(series: Series) -> str:
     known = series.known
     if not known:
         return f"{heading(series.name)}: {series.last.long_name}"
-    parts = [f"{heading(series.name)}: {told(known[0].metric)} at the {known[0].step.name}"]
+    parts = [f"{heading(series.name)}: {told(known[0].metric)} at {known[0].step.place}"]
     if len(known) > 1:
-        parts.append(f"{told(known[-1].metric)} at the {known[-1].step.name}")
+        parts.append(f"{told(known[-1].metric)} at {known[-1].step.place}")
     parts += [
         f"{called} {told(metric)}"
         for called, metric in series.references
@@ -258,5 +275,3 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         facts.append((f"model of {models[-1].name}", str(models[-1].model_digest)))
     facts += [(name, version) for name, version in made.packages.items()]
     return facts
-
-

@@ -27,6 +27,7 @@ MAX_PICTURES = 24
 """Pictures that a page holds at most: each is tens or hundreds of kB."""
 
 PREVIEW = "preview.png"
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 _Manifest = StartManifest | IterationManifest | PriorManifest | None
 
@@ -49,6 +50,11 @@ class Step:
     """Its finished stages."""
     picture: bytes | None
     """Its picture, a PNG file."""
+
+    @property
+    def place(self) -> str:
+        """Its name inside a sentence: "at the start", "at iteration 003"."""
+        return self.name if self.iteration is not None else f"the {self.name}"
 
     @property
     def short(self) -> str:
@@ -160,9 +166,7 @@ def _step(
     )
 
 
-def _metrics(
-    status: StepStatus, folder: StageFolder, manifest: _Manifest
-) -> Mapping[str, Metric]:
+def _metrics(status: StepStatus, folder: StageFolder, manifest: _Manifest) -> Mapping[str, Metric]:
     """Return the numbers, which a commit and `metrics.json` must agree on."""
     if manifest is None:
         return status.metrics
@@ -187,4 +191,6 @@ def _picture(folder: StageFolder, manifest: _Manifest) -> bytes | None:
     record = None if manifest is None else manifest.objects.get(PREVIEW)
     if record is not None and (problem := problem_of(data, record)) is not None:
         raise DamageError(folder.path(PREVIEW), problem)
+    if not data.startswith(_PNG):
+        raise DamageError(folder.path(PREVIEW), "is not a PNG file")
     return data

@@ -17,7 +17,7 @@ from storage_schemas.metrics import Metric
 __all__ = ["GROUPS", "Group", "Point", "Series", "collect", "heading"]
 
 _TARGET = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?) is (?:right|calibrated|a guess)\b")
-_REFERENCES = {"_floor": "floor", "_clean": "clean images"}
+_REFERENCES = {"_floor": "floor", "_clean": "clean"}
 _SUFFIXES = (*_REFERENCES, "_start")
 
 
@@ -97,6 +97,7 @@ _HEADINGS = {
     "lpips": "LPIPS",
     "fid": "FID",
     "frechet": "Fréchet",
+    "wasserstein": "Wasserstein",
 }
 _UNDRAWN = ("collapse",)
 

@@ -100,9 +100,7 @@ def read_spectra(store: RunStore) -> Spectra | None:
     reconstructed = {
         iteration: store.iteration(iteration).read_reconstructions(rows) for iteration in chosen
     }
-    images = [
-        _spectrum(f"iteration {iteration:03d}", x) for iteration, x in reconstructed.items()
-    ]
+    images = [_spectrum(f"iteration {iteration:03d}", x) for iteration, x in reconstructed.items()]
     truth = holdout.truth(rows)
     if truth is not None:
         images.append(_spectrum("clean images", truth, reference=True))
@@ -147,7 +145,8 @@ def _observed(
         generator = torch.Generator().manual_seed(key)
         x_hat = torch.from_numpy(np.asarray(x, np.float32))
         with torch.no_grad():
-            again = _seen(channel, channel.corrupt(x_hat, operators, generator=generator), operators)
+            y_tilde = channel.corrupt(x_hat, operators, generator=generator)
+        again = _seen(channel, y_tilde, operators)
         assert again is not None, "the real observations are images"
         shown[f"iteration {iteration:03d}, corrupted"] = again.numpy()
     return shown

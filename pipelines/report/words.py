@@ -35,6 +35,8 @@ class Finding:
     kind: Kind
     title: str
     text: str
+    items: tuple[str, ...] = ()
+    """Numbers that the text speaks of, one a line."""
 
 
 def number(value: float) -> str:
@@ -63,8 +65,13 @@ def told(metric: Metric) -> str:
     if metric.value is None:
         return metric.long_name
     unit = "" if metric.units == "1" else f" {metric.units}"
-    error = "" if metric.standard_error is None else f" ± {number(metric.standard_error)}"
-    return f"{number(metric.value)}{error}{unit}"
+    if not metric.standard_error:
+        return f"{number(metric.value)}{unit}"
+    decimals = 1 - math.floor(math.log10(metric.standard_error))
+    if not 0 <= decimals <= 6:
+        return f"{number(metric.value)} ± {number(metric.standard_error)}{unit}"
+    value = f"{metric.value:.{decimals}f}".replace("-", "−")
+    return f"{value} ± {metric.standard_error:.{decimals}f}{unit}"
 
 
 def verdict(report: Report, curves: Sequence[Series]) -> list[Finding]:
@@ -135,19 +142,26 @@ def _change(series: Series) -> Finding:
             key="change",
             kind="plain",
             title="Whether it improves is not known yet",
-            text=f"{name} is {told(known[0].metric)} at the {known[0].step.name}; one number "
+            text=f"{name} is {told(known[0].metric)} at {known[0].step.place}; one number "
             "says nothing about a direction.",
         )
     before, after = known[max(0, len(known) - 1 - _WINDOW)], known[-1]
     gain, error = _gain(before.metric, after.metric), _error(before.metric, after.metric)
     path = (
-        f"{name} went from {told(before.metric)} at the {before.step.name} to "
-        f"{told(after.metric)} at the {after.step.name}"
+        f"{name} went from {told(before.metric)} at {before.step.place} to "
+        f"{told(after.metric)} at {after.step.place}"
     )
-    strength = f", {number(abs(gain) / error)} standard errors" if error > 0 else ""
+    strength = f", {abs(gain) / error:.1f} standard errors" if error > 0 else ""
     if gain > _ERRORS * error:
-        text = f"{path}{strength}: more iterations may well help."
-        return Finding(key="change", kind="good", title="Still improving", text=text)
+        latest, its_error = (
+            _gain(known[-2].metric, after.metric),
+            _error(known[-2].metric, after.metric),
+        )
+        if latest > its_error:
+            text = f"{path}{strength}: more iterations may well help."
+            return Finding(key="change", kind="good", title="Still improving", text=text)
+        text = f"{path}{strength}; the last step alone is within its uncertainty."
+        return Finding(key="change", kind="good", title="Improved, now slowing", text=text)
     if gain < -_ERRORS * error:
         text = f"{path}{strength}: what is learned got worse, which exact EM never does."
         return Finding(key="change", kind="bad", title="Getting worse", text=text)
@@ -160,9 +174,7 @@ def _floor(series: Series) -> list[Finding]:
     if not floors or floors[0].value is None:
         return []
     floor, last = floors[0], series.last
-    above, error = -_gain(floor, last.model_copy(update={"better": last.better})), _error(
-        floor, last
-    )
+    above, error = -_gain(floor, last), _error(floor, last)
     name = heading(series.name)
     if above <= _ERRORS * error:
         text = (
@@ -170,10 +182,8 @@ def _floor(series: Series) -> list[Finding]:
             "reconstructions look like observations. It can show no further progress."
         )
         return [Finding(key="floor", kind="good", title="At its floor", text=text)]
-    strength = f", {number(above / error)} standard errors above" if error > 0 else ""
-    text = f"{name} is {told(last)}{strength} its floor of {told(floor)}."
-    if not strength:
-        text = f"{name} is {told(last)}, above its floor of {told(floor)}."
+    strength = f"{above / error:.1f} standard errors from" if error > 0 else "off"
+    text = f"{name} is {told(last)}, {strength} its floor of {told(floor)}."
     return [Finding(key="floor", kind="plain", title="Not at its floor", text=text)]
 
 
@@ -196,7 +206,7 @@ def _tests(curves: Sequence[Series]) -> list[Finding]:
         )
         return [Finding(key="tests", kind="caution", title="Tests see a difference", text=text)]
     text = (
-        f"None tells corrupted reconstructions from held-out observations: {_list(quiet)}, "
+        f"No test tells corrupted reconstructions from held-out observations: {_list(quiet)}, "
         f"{count}. A test that sees nothing may also be weak."
     )
     return [Finding(key="tests", kind="good", title="Tests see no difference", text=text)]
@@ -210,7 +220,7 @@ def _collapse(report: Report) -> Finding:
         if taken:
             text = f"{taken[-1][1].long_name[0].upper()}{taken[-1][1].long_name[1:]}."
         return Finding(key="collapse", kind="plain", title="Collapse is not watched", text=text)
-    warned = [step.name for step, metric in known if metric.value]
+    warned = [step.place for step, metric in known if metric.value]
     reason = known[-1][1].long_name.partition(": ")[2] or known[-1][1].long_name
     reason = f"{reason[0].upper()}{reason[1:]}."
     if known[-1][1].value:
@@ -222,27 +232,38 @@ def _collapse(report: Report) -> Finding:
 
 
 def _calibration(curves: Sequence[Series]) -> Finding:
-    inside, outside = [], []
+    inside: list[str] = []
+    outside: list[str] = []
     for series in curves:
         ends = interval_of(series.last)
         if series.group != "calibration" or series.target is None or ends is None:
             continue
         low, high = ends
         text = (
-            f"{heading(series.name)} {number(series.last.value or 0.0)} "
-            f"({number(low)} to {number(high)}; {series.target:g} is right)"
+            f"{heading(series.name)} {series.last.value:.3g} "
+            f"({low:.3g} to {high:.3g}); {series.target:g} is right"
         )
         (inside if low <= series.target <= high else outside).append(text)
     if not inside and not outside:
         text = "No calibration number of this run has an uncertainty and a right value."
         return Finding(key="calibration", kind="plain", title="Calibration unknown", text=text)
     if not outside:
-        text = f"Every 95 % interval holds the right value: {_list(inside)}."
-        return Finding(key="calibration", kind="good", title="Calibrated", text=text)
-    text = f"Outside their 95 % interval: {_list(outside)}."
-    if inside:
-        text += f" As it should be: {_list(inside)}."
-    return Finding(key="calibration", kind="caution", title="Not calibrated", text=text)
+        text = "Every 95 % interval holds the right value:"
+        return Finding(
+            key="calibration", kind="good", title="Calibrated", text=text, items=tuple(inside)
+        )
+    count = len(inside) + len(outside)
+    text = (
+        f"{len(outside)} of {count} numbers {'is' if len(outside) == 1 else 'are'} off by more "
+        "than the 95 % interval:"
+    )
+    return Finding(
+        key="calibration",
+        kind="caution",
+        title="Not calibrated",
+        text=text,
+        items=tuple(outside),
+    )
 
 
 def _truth(by_name: dict[str, Series]) -> list[Finding]:
@@ -251,8 +272,8 @@ def _truth(by_name: dict[str, Series]) -> list[Finding]:
         if series is not None and len(series.known) > 1:
             first, last = series.known[0], series.known[-1]
             text = (
-                f"{heading(name)} went from {told(first.metric)} at the {first.step.name} to "
-                f"{told(last.metric)} at the {last.step.name}."
+                f"{heading(name)} went from {told(first.metric)} at {first.step.place} to "
+                f"{told(last.metric)} at {last.step.place}."
             )
             better = _gain(first.metric, last.metric) > 0
             return [

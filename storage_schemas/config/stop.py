@@ -17,7 +17,8 @@ WatchedMonitor = Literal[
 
 The Gaussian start has the means and covariances of the data already. Monitors that see little else
 (`sliced_wasserstein`, `energy`, `mmd`, `frechet` of components, `classifier`) are then at their
-floor from the start and would stop the run at once: on the digits, only `divergence` follows EM."""
+floor from the start and would stop the run at once: on the digits, only `divergence` follows EM.
+"""
 
 
 class BudgetStop(Record):

@@ -150,6 +150,22 @@ def test_the_jackknife_error_is_that_of_repetitions() -> None:
         assert errors == pytest.approx(spread, rel=0.25)
 
 
+def test_the_jackknife_leaves_out_one_at_a_time() -> None:
+    generator = torch.Generator().manual_seed(3)
+    a, b = torch.randn(12, 3, generator=generator), torch.randn(14, 3, generator=generator) + 0.5
+
+    def left_out(rows: Tensor, other: Tensor) -> float:
+        values = [
+            energy_test(torch.cat([rows[:i], rows[i + 1 :]]), other, permutations=1, seed=0).value
+            for i in range(len(rows))
+        ]
+        return (len(rows) - 1) * float(torch.tensor(values).double().var(correction=0))
+
+    expected = math.sqrt(left_out(a, b) + left_out(b, a))
+    error = energy_test(a, b, permutations=1, seed=0).standard_error
+    assert error == pytest.approx(expected, rel=1e-4)
+
+
 def test_the_intervals_hold_the_mean_of_repetitions() -> None:
     # The expected energy distance, from all repetitions; 95 % intervals miss it 5 % of the time:
     # of 150, more than 18 times with a probability below 1e-4.

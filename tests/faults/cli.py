@@ -21,7 +21,7 @@ def run_tiny(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == status, done.stderr
     return done

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 MORE = (
     *("--set", "m_step.checkpoint_seconds=1e-9"),
-    *("--set", "m_step.steps=300"),
+    *("--set", "m_step.steps=100"),
     *("--set", "e_step.shard_size=16"),
     *("--set", "e_step.sampler.steps=30"),
 )
@@ -42,7 +42,7 @@ def undisturbed(
     """Checksums of the undisturbed run, and how many events it reports."""
     url = tmp_path_factory.mktemp("runs") / "tiny"
     with working(tiny_config, url, home) as process:
-        assert process.wait(timeout=300) == 0
+        assert process.wait(timeout=600) == 0
     return results_at(str(url)), events(url)
 
 
@@ -140,7 +140,7 @@ def undisturbed_workers(
     """The same with two workers: M-steps have two threads there, and round otherwise."""
     url = tmp_path_factory.mktemp("runs") / "workers"
     with working(tiny_config, url, home, *WORKERS) as process:
-        assert process.wait(timeout=300) == 0
+        assert process.wait(timeout=600) == 0
     return results_at(str(url)), events(url)
 
 
@@ -162,7 +162,7 @@ def test_a_worker(
             if working_still and workers:
                 os.kill(rng.choice(workers), signal.SIGKILL)
                 killed += 1
-        assert process.wait(timeout=300) == 0, "the run goes on with another worker"
+        assert process.wait(timeout=600) == 0, "the run goes on with another worker"
         assert not processes_of(process.pid)
     assert killed
     assert results_at(str(tmp_path / "run")) == expected
@@ -185,7 +185,7 @@ def test_the_prefect_server(
     ):
         assert at_some_instant(rng, tmp_path / "run", total * 3 // 4, process)
         os.killpg(int(served["DIFFEM_TEST_SERVER"]), signal.SIGKILL)
-        status = process.wait(timeout=300)
+        status = process.wait(timeout=600)
         assert status in (0, 1), "it ends by itself: done, or failed with a message"
         assert "Traceback" not in (tmp_path / "run.log").read_text()
     finish(tiny_config, tmp_path / "run", home, expected)

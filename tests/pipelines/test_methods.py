@@ -182,10 +182,12 @@ def test_what_is_kept_out_never_trains(
     seen = []
     real = iterations.train
 
-    def watch(bench: Any, folder: Any, denoiser: Any, x_hat: torch.Tensor, plan: Any) -> Any:
+    def watch(
+        bench: Any, folder: Any, denoiser: Any, x_hat: torch.Tensor, plan: Any, group: Any
+    ) -> Any:
         assert plan.validation is not None
         seen.append((x_hat, plan.validation.x_hat))
-        return real(bench, folder, denoiser, x_hat, plan)
+        return real(bench, folder, denoiser, x_hat, plan, group)
 
     monkeypatch.setattr(iterations, "train", watch)
     make_run(url, tiny_config, "m_step.validation={fraction: 0.1, every: 5}")

@@ -356,3 +356,14 @@ def test_a_stopping_rule_ends_the_run_for_good_and_says_why(
     assert read_status(RunStore.open(url)).state == "incomplete"
     em_run(url)
     assert len(RunStore.open(url).completed()) == 3
+
+
+def test_an_end_is_forgotten_by_the_next_run_but_not_within_one_command() -> None:
+    cancellation.request("of a run before")
+    cancellation.begin()
+    assert cancellation.requested() is None
+    with cancellation.lasting():
+        cancellation.request("Ctrl-C while Prefect starts")
+        cancellation.begin()
+        assert cancellation.requested() == "Ctrl-C while Prefect starts"
+    assert cancellation.requested() is None
