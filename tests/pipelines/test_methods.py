@@ -182,12 +182,10 @@ def test_what_is_kept_out_never_trains(
     seen = []
     real = iterations.train
 
-    def watch(
-        bench: Any, folder: Any, denoiser: Any, x_hat: torch.Tensor, plan: Any, group: Any
-    ) -> Any:
+    def watch(bench: Any, folder: Any, denoiser: Any, x_hat: Any, plan: Any, *rest: Any) -> Any:
         assert plan.validation is not None
         seen.append((x_hat, plan.validation.x_hat))
-        return real(bench, folder, denoiser, x_hat, plan, group)
+        return real(bench, folder, denoiser, x_hat, plan, *rest)
 
     monkeypatch.setattr(iterations, "train", watch)
     make_run(url, tiny_config, "m_step.validation={fraction: 0.1, every: 5}")
@@ -283,9 +281,9 @@ def test_masks_are_those_of_the_observations(
     drawn = []
     real = iterations.train
 
-    def watch(bench: Any, folder: Any, denoiser: Any, x_hat: torch.Tensor, plan: Any) -> Any:
+    def watch(bench: Any, folder: Any, denoiser: Any, x_hat: Any, plan: Any, *rest: Any) -> Any:
         drawn.append(plan.channel.draw_params(50, generator=torch.Generator().manual_seed(0)))
-        return real(bench, folder, denoiser, x_hat, plan)
+        return real(bench, folder, denoiser, x_hat, plan, *rest)
 
     monkeypatch.setattr(iterations, "train", watch)
     make_run(url, tiny_config, "channel.operators=observed", "iterations=1")

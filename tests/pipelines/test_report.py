@@ -392,7 +392,7 @@ def test_spectra_of_observations_hold_the_mask_and_the_noise(tmp_path: Path) -> 
     spectra = read_spectra(plant(str(tmp_path / "run"), [{}, {}], channel=channel))
     assert spectra is not None
     before, after = spectra.images[0].power, spectra.observations[1].power
-    # Reconstructions have variance 1, the noise 9, and half of the pixels are 0: 5 times the power.
+    # Reconstructions have variance 1, the noise 9, half of the pixels are 0: 5 times the power.
     # The 32 seen pixels tell a variance to sqrt(2 / 32) = 25 %, the images' 64 to 18 %, the ratio
     # to 31 %: two of these around 5. Without the noise it is 0.5, without the mask 10.
     assert 1.9 < sum(after) / sum(before) < 8.1
