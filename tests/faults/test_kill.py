@@ -93,7 +93,11 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+# One moment stands for all in `make test`; the others take as long and make the same point.
+@pytest.mark.parametrize(
+    "moment",
+    [m if m == "M-step" else pytest.param(m, marks=pytest.mark.slow) for m in MOMENTS],
+)
 def test_killed_and_run_again(
     moment: str,
     tmp_path: Path,
