@@ -173,7 +173,7 @@ def test_what_cannot_be_restored_is_refused_before_anything_is_written(
     assert "'median' is no summary" in refused(
         "reconstruct", run.url, new, out, "--summary", "mean,median"
     )
-    assert "keeps nothing" in refused(
+    assert "would keep nothing" in refused(
         "reconstruct", run.url, new, out, "--no-draws", "--summary", "none"
     )
     assert "at least 2 draws" in refused(

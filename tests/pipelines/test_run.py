@@ -14,6 +14,7 @@ from diffem_core.seeds import derive_seed
 from diffem_core.training import TrainingState
 from pipelines.cli import app
 from pipelines.config_io import load_config
+from pipelines.faults import StageFailed
 from pipelines.flows import em_run
 from pipelines.stages import iterations, judge, observations, start, training
 from pipelines.status import read_status
@@ -22,6 +23,13 @@ from storage_schemas.run_store import RunStore
 from storage_schemas.verify import verify
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+TRUTH_NEEDED = {
+    *("psnr_sample", "psnr_mean", "rmse_sample", "rmse_mean", "distance", "accuracy"),
+    *("hidden_rmse_sample", "hidden_rmse_mean", "spread_ratio", "coverage_50", "coverage_90"),
+}
+"""Metrics that only a benchmark can have, whose clean samples are known."""
 
 
 def results_of(url: Path | str) -> dict[str, str]:
@@ -206,10 +214,10 @@ def test_a_failed_shard_keeps_the_others(
         return real(*args, **kwargs)
 
     monkeypatch.setattr(iterations, "e_step", fail_third)
-    with pytest.raises(OSError, match="the device went away"):
-        make_run(url, tiny_config)
+    with pytest.raises(StageFailed, match=r"shard 00002: OSError: the device went away"):
+        make_run(url, tiny_config, "runner.retries=0")
     done = len(RunStore.open(str(url)).iteration(0).shards())
-    assert done >= 2
+    assert done == 3
     calls.clear()
     calls.extend([0, 0, 0])  # the third call was the failing one
     summary = make_run(url, tiny_config)
@@ -267,12 +275,9 @@ def test_clean_samples_change_nothing_but_the_evaluation(
         p: theirs[p] for p in theirs if p not in metrics
     }
     status = read_status(RunStore.open(str(url)))
-    assert set(status.start.metrics) == {
-        "divergence",
-        "divergence_floor",
-        "sliced_wasserstein",
-        "sliced_wasserstein_floor",
-    }
+    names = set(status.start.metrics)
+    assert {"divergence", "divergence_floor", "sliced_wasserstein"} <= names
+    assert not names & TRUTH_NEEDED
 
 
 def test_another_seed_is_another_run(tiny_config: Path, tmp_path: Path, finished: Path) -> None:

@@ -59,7 +59,7 @@ def test_killed_writers_leave_nothing_wrong(tmp_path: Path) -> None:
         assert verify(url).ok
     # Most instants fall into the writing, on a machine of any speed.
     assert killed >= KILLS // 2
-    assert begun >= KILLS // 2
+    assert begun >= KILLS // 3
 
 
 @pytest.mark.parametrize("step", range(0, 60, 7))
