@@ -27,9 +27,10 @@ from pipelines.stages.feeding import spread_rows
 from pipelines.using.arguments import require_fit
 from storage_schemas.documents import digest_of
 from storage_schemas.errors import DamageError, StorageError
+from storage_schemas.generations import GrownObservations
 from storage_schemas.manifests import ObservationsManifest
 from storage_schemas.objects import ObjectStore, redact_url
-from storage_schemas.observations import Observations, read_seal
+from storage_schemas.observations import read_seal
 
 __all__ = ["Block", "Incoming", "Survey", "opened_observations", "survey"]
 
@@ -269,7 +270,7 @@ class _Stored(Incoming):
 
     def __init__(self, source: str, seal: ObservationsManifest, limit: int | None) -> None:
         try:
-            self._observations = Observations(ObjectStore(source))
+            self._observations = GrownObservations(ObjectStore(source))
         except DamageError as error:
             raise _damaged(source, error) from error
         self._source = source

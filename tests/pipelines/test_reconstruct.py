@@ -225,6 +225,21 @@ def test_a_sealed_store_is_read_with_its_ids(run: Run, tmp_path: Path) -> None: 
     assert "leave --y, --param" in message
 
 
+def test_observations_that_were_added_to_a_store_are_read_as_well(
+    run: Run,  # noqa: F811
+    new: Path,
+    tmp_path: Path,
+) -> None:
+    grown, out = tmp_path / "grown", tmp_path / "out"
+    for more in ((), ("--append",)):
+        result = diffem("ingest", new, grown, "--y", "y", "--param", "mask", *more)
+        assert result.exit_code == 0, result.output
+    result = diffem("reconstruct", run.url, grown, out, "--draws", 1)
+    assert result.exit_code == 0, result.output
+    dataset = xr.open_zarr(out / "draws.zarr")
+    assert len(set(dataset["sample"].values.tolist())) == 20
+
+
 def test_observations_unlike_those_of_the_run_are_pointed_out(
     run: Run,  # noqa: F811
     tmp_path: Path,
