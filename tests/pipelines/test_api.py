@@ -43,6 +43,9 @@ def test_draws_have_their_own_seeds_whatever_else_is_drawn(run: Run) -> None:  #
     torch.testing.assert_close(draws[:2], few, atol=1e-3, rtol=0)
     alone = posterior.sample(y[3:4], {"mask": params["mask"][3:4]}, draws=3, seed=1, numbers=[3])
     torch.testing.assert_close(draws[:, 3:4], alone, atol=1e-3, rtol=0)
+    # One observation under two numbers is drawn twice, not copied.
+    twice = posterior.sample(y[[3, 3]], {"mask": params["mask"][[3, 3]]}, draws=3, seed=1)
+    assert (twice[:, 0] - twice[:, 1]).abs().mean() > 0.1
     # Other draws, observations' numbers and seeds are other noise: grey levels apart, not 1e-3.
     assert (draws[0] - draws[1]).abs().mean() > 0.1
     assert (posterior.sample(y, params, draws=3, seed=2) - draws).abs().mean() > 0.1
