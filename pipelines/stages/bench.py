@@ -62,6 +62,11 @@ class Bench:
         config = store.config
         if config_digest not in (None, config.digest):
             raise RuntimeError(f"the config of {redact_url(run_url)} changed while it was running")
+        return cls.of(store, config)
+
+    @classmethod
+    def of(cls, store: RunStore, config: RunConfig) -> Bench:
+        """Build what a config describes, for a run whose own config may be for other devices."""
         return cls(
             store=store,
             config=config,

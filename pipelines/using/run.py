@@ -120,13 +120,7 @@ class Run:
     @functools.cached_property
     def bench(self) -> Bench:
         """The objects that the config describes."""
-        return Bench(
-            store=self.store,
-            config=self.config,
-            device=build.build_device(self.config.runner),
-            scaling=build.build_scaling(self.config.data),
-            channel=build.build_channel(self.config.channel, self.store.observations().x_shape),
-        )
+        return Bench.of(self.store, self.config)
 
     def iteration(self, iteration: int | Literal["best"] = -1) -> IterationManifest:
         """Choose a complete iteration.
@@ -146,13 +140,13 @@ class Run:
                 "finish one with `diffem run`"
             )
         if iteration == "best":
-            number = _best_iteration(self.store)
-            if number is None:
+            stopped = self.store.stopped()
+            if stopped is None:
                 raise ValueError(
                     f"iteration is 'best' but {where} holds no stopping decision; give a number, "
                     f"0 to {len(found) - 1}, or -1 for the last"
                 )
-            return found[number]
+            return found[stopped.best]
         if not -len(found) <= iteration < len(found):
             raise ValueError(
                 f"iteration is {iteration} but {where} has the complete iterations 0 to "
@@ -334,9 +328,7 @@ class RunPosterior:
 
     def sampler(self, steps: int | None = None) -> dict[str, JsonValue]:
         """Describe the sampler, as in a config."""
-        config = build.sampler_of(_with_steps(self._bench, steps).config.e_step)
-        described: dict[str, JsonValue] = config.model_dump(mode="json")
-        return described
+        return _sampler(self._bench, steps)
 
     def _posterior(self, steps: int | None) -> Posterior:
         if steps not in self._posteriors:
@@ -433,9 +425,7 @@ class RunPrior:
 
     def sampler(self, steps: int | None = None) -> dict[str, JsonValue]:
         """Describe the sampler, as in a config."""
-        config = build.sampler_of(_with_steps(self._bench, steps).config.e_step)
-        described: dict[str, JsonValue] = config.model_dump(mode="json")
-        return described
+        return _sampler(self._bench, steps)
 
     def _prior(self, bench: Bench) -> DiffusionPrior:
         channel = bench.conditioning_channel if self.conditional else bench.channel
@@ -469,10 +459,10 @@ def _require_levels(levels: Levels) -> None:
         raise ValueError(f"levels is {levels}; give numbers from 0 to 1")
 
 
-def _best_iteration(store: RunStore) -> int | None:
-    """Return the iteration that a stopping decision names: no run holds one yet."""
-    del store
-    return None
+def _sampler(bench: Bench, steps: int | None) -> dict[str, JsonValue]:
+    config = build.sampler_of(_with_steps(bench, steps).config.e_step)
+    described: dict[str, JsonValue] = config.model_dump(mode="json")
+    return described
 
 
 def _with_steps(bench: Bench, steps: int | None) -> Bench:

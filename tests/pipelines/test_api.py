@@ -1,5 +1,6 @@
 """A run in Python: draws, summaries, refusals, and the prior under another channel."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,17 @@ def test_iterations_devices_and_runs_that_are_not_there_are_refused(
         open_run(run.url, device="cuda:99").posterior()
     with pytest.raises(ValueError, match="is not a run"):
         open_run(str(tmp_path))
+
+
+def test_the_best_iteration_is_the_one_that_the_stopping_rule_named(
+    run: Run,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(run.url, tmp_path / "copy")
+    copy = open_run(str(tmp_path / "copy"))
+    copy.store.write_stop(best=0, reason="nothing improved")
+    assert copy.posterior("best").model_digest == run.posterior(0).model_digest
+    assert copy.posterior("best").iteration == 0
 
 
 def test_the_prior_draws_by_number(run: Run) -> None:  # noqa: F811
