@@ -30,7 +30,7 @@ from pipelines.status import RunStatus, StepStatus, read_status
 from storage_schemas.objects import redact_url
 from storage_schemas.run_store import RunStore
 
-__all__ = ["show_history", "show_iteration", "showing_progress"]
+__all__ = ["show_iteration", "showing_progress"]
 
 _SECONDS = 3.0  # between updates of a bar
 _PICTURE_BYTES = 400_000  # larger events are refused by the server
@@ -89,9 +89,28 @@ class _Listener:
         self._inner.note(text)
 
 
-def show_history(run_url: str) -> None:
-    """Show the numbers of all complete iterations as one table."""
-    status = read_status(RunStore.open(run_url))
+def show_iteration(run_url: str, iteration: int) -> None:
+    """Show an iteration's numbers, times and picture, and the history up to it as one table."""
+    store = RunStore.open(run_url)
+    status = read_status(store)
+    folder = store.iteration(iteration)
+    manifest = folder.manifest()
+    picture = None
+    if manifest is not None and "preview.png" in manifest.objects:
+        picture = store.objects.read(folder.path("preview.png"))
+    before = status.history[iteration - 1] if iteration else status.start
+    text = _in_words(status, status.history[iteration], before, picture)
+    _try(
+        lambda: create_markdown_artifact(
+            markdown=text,
+            key=_key(f"{status.name}-iteration"),
+            description=f"{status.name}, EM iteration {iteration:03d}",
+        )
+    )
+    _show_history(status)
+
+
+def _show_history(status: RunStatus) -> None:
     steps = [step for step in (status.start, *status.history) if step.state == "complete"]
     names = [name for name in steps[-1].metrics if not name.endswith(("_floor", "_clean"))]
     table = [
@@ -106,27 +125,6 @@ def show_history(run_url: str) -> None:
             table=table,
             key=_key(f"{status.name}-history"),
             description=f"{status.name}: the start and {status.complete} EM iterations",
-        )
-    )
-
-
-def show_iteration(run_url: str, iteration: int) -> None:
-    """Show an iteration's numbers, times and picture."""
-    store = RunStore.open(run_url)
-    status = read_status(store)
-    step = status.history[iteration]
-    before = status.history[iteration - 1] if iteration else status.start
-    folder = store.iteration(iteration)
-    manifest = folder.manifest()
-    picture = None
-    if manifest is not None and "preview.png" in manifest.objects:
-        picture = store.objects.read(folder.path("preview.png"))
-    text = _in_words(status, step, before, picture)
-    _try(
-        lambda: create_markdown_artifact(
-            markdown=text,
-            key=_key(f"{status.name}-iteration"),
-            description=f"{status.name}, EM iteration {iteration:03d}",
         )
     )
 
