@@ -29,6 +29,7 @@ __all__ = [
     "GPUS_VARIABLE",
     "GRACE_SECONDS",
     "THREADS_VARIABLE",
+    "VISIBLE_VARIABLE",
     "Device",
     "DevicePool",
     "WorkerDied",
@@ -37,6 +38,8 @@ __all__ = [
     "current",
     "find_stage",
     "open_devices",
+    "threads_of_each",
+    "visible_gpus",
 ]
 
 GRACE_SECONDS = 5.0
@@ -46,8 +49,9 @@ THREADS_VARIABLE = "DIFFEM_THREADS"
 GPUS_VARIABLE = "DIFFEM_GPUS"
 """Environment variable of a worker: all GPUs of the run, as `CUDA_VISIBLE_DEVICES` would name
 them, while the worker itself is bound to one."""
+VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
+"""Environment variable of CUDA: the GPUs that a process may use."""
 
-_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _POLL_SECONDS = 0.1
 
 # Stages that run on all devices at once.
@@ -226,17 +230,30 @@ def choose_devices(config: LocalRunner, gpus: int) -> tuple[Device, ...]:
     """
     several = gpus if config.device in ("auto", "cuda") else 0
     workers = config.workers or max(1, several)
-    threads = str(max(1, _threads(config) // workers))
-    shared = {THREADS_VARIABLE: threads, "OMP_NUM_THREADS": threads}
+    shared = threads_of_each(config, workers)
     if not several:
         name = config.device if config.device.startswith("cuda:") else "processor"
         return (Device(name, shared),) * workers
-    given = os.environ.get(_VISIBLE)
-    visible = [str(i) for i in range(gpus)] if given is None else given.split(",")
-    visible = [gpu.strip() for gpu in visible[:gpus]]
+    visible = visible_gpus(gpus)
     shared[GPUS_VARIABLE] = ",".join(visible)
     bound = [visible[worker % gpus] for worker in range(workers)]
-    return tuple(Device(f"GPU {gpu}", {**shared, _VISIBLE: gpu}) for gpu in bound)
+    return tuple(Device(f"GPU {gpu}", {**shared, VISIBLE_VARIABLE: gpu}) for gpu in bound)
+
+
+def threads_of_each(config: LocalRunner, processes: int) -> dict[str, str]:
+    """Return the environment that gives each of some processes its part of the threads."""
+    threads = str(max(1, _threads(config) // processes))
+    return {THREADS_VARIABLE: threads, "OMP_NUM_THREADS": threads}
+
+
+def visible_gpus(gpus: int) -> list[str]:
+    """Name the first GPUs that the run may use, as `CUDA_VISIBLE_DEVICES` does.
+
+    A worker is bound to one of them, but told of all.
+    """
+    given = os.environ.get(GPUS_VARIABLE) or os.environ.get(VISIBLE_VARIABLE)
+    named = [str(i) for i in range(gpus)] if given is None else given.split(",")
+    return [gpu.strip() for gpu in named[:gpus]]
 
 
 def count_gpus() -> int:

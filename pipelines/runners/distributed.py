@@ -30,13 +30,14 @@ from typing import TYPE_CHECKING, Any, assert_never
 from pipelines import cancellation
 from pipelines.progress import SilentReporter, reporter, use_reporter
 from pipelines.runners.devices import (
-    GPUS_VARIABLE,
     GRACE_SECONDS,
-    THREADS_VARIABLE,
+    VISIBLE_VARIABLE,
     Device,
     WorkerDied,
     count_gpus,
     find_stage,
+    threads_of_each,
+    visible_gpus,
 )
 from storage_schemas.config import LocalRunner, RayRunner, RunnerConfig
 from storage_schemas.run_store import RunStore
@@ -65,6 +66,14 @@ _SETTLE_SECONDS = 1.0  # In which the cause of a failure is told apart from what
 
 class RankDied(RuntimeError):
     """A process of a training ended under it: a fault of the machine. The checkpoint is there."""
+
+    @classmethod
+    def of(cls, rank: int, size: int, cause: BaseException) -> RankDied:
+        """Say which of how many, and how it is known."""
+        return cls(
+            f"process {rank} of the {size} of a training is gone ({cause}); the others were "
+            "ended, and the same command goes on from the last checkpoint"
+        )
 
 
 def current_group() -> DataParallel | None:
@@ -132,8 +141,7 @@ def rank_devices(config: LocalRunner, size: int) -> tuple[Device, ...]:
         ValueError: There are fewer GPUs than processes, or one is asked for by number.
     """
     gpus = count_gpus() if config.device != "cpu" else 0
-    threads = str(max(1, (config.threads or os.cpu_count() or 1) // size))
-    shared = {THREADS_VARIABLE: threads, "OMP_NUM_THREADS": threads}
+    shared = threads_of_each(config, size)
     if sys.platform == "linux":  # One machine: no other address than this machine's own.
         shared["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     if not gpus and not config.device.startswith("cuda"):
@@ -144,13 +152,8 @@ def rank_devices(config: LocalRunner, size: int) -> tuple[Device, ...]:
             f"a GPU of its own and there are {gpus}; set m_step_workers to at most that, with "
             "device 'auto'"
         )
-    # A worker is bound to one of the GPUs, but told of all.
-    given = os.environ.get(GPUS_VARIABLE) or os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = [str(i) for i in range(gpus)] if given is None else given.split(",")
-    return tuple(
-        Device(f"GPU {gpu.strip()}", {**shared, "CUDA_VISIBLE_DEVICES": gpu.strip()})
-        for gpu in visible[:size]
-    )
+    bound = visible_gpus(gpus)[:size]
+    return tuple(Device(f"GPU {gpu}", {**shared, VISIBLE_VARIABLE: gpu}) for gpu in bound)
 
 
 def as_rank(
@@ -186,7 +189,7 @@ def as_rank(
 def _on_this_machine(stage: str, args: Sequence[Any], devices: Sequence[Device]) -> None:
     from pipelines.runners.worker_process import WorkerProcess
 
-    cuda = any("CUDA_VISIBLE_DEVICES" in device.environment for device in devices)
+    cuda = any(VISIBLE_VARIABLE in device.environment for device in devices)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     size = len(devices)
     ranks: list[WorkerProcess] = []
@@ -224,12 +227,11 @@ def _wait(calls: Sequence[Future[Any]]) -> None:
     failed = {rank: call.exception() for rank, call in enumerate(calls) if call.done()}
     for rank, error in failed.items():
         if isinstance(error, WorkerDied):
-            raise RankDied(
-                f"process {rank} of the {len(calls)} of a training is gone ({error}); the others "
-                "were ended, and the same command goes on from the last checkpoint"
-            ) from error
+            raise RankDied.of(rank, len(calls), error) from error
     error = first.exception()
     assert error is not None
+    if asked and (reason := cancellation.requested()) is not None:
+        raise cancellation.Cancelled(reason) from error  # whichever process was heard first
     raise error
 
 

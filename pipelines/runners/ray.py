@@ -350,10 +350,7 @@ def _raise_cause(error: BaseException, size: int) -> NoReturn:
     causes = {rank: _original(failure) for rank, failure in failures.items()}
     for rank, cause in causes.items():
         if isinstance(cause, RayError):
-            raise RankDied(
-                f"process {rank} of the {size} of a training is gone ({cause}); the others were "
-                "ended, and the same command goes on from the last checkpoint"
-            ) from error
+            raise RankDied.of(rank, size, cause) from error
     told = [cause for cause in causes.values() if not _is_broken_connection(cause)]
     raise (told or list(causes.values()) or [error])[0]
 

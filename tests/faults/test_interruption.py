@@ -15,45 +15,17 @@ import pytest
 from storage_schemas.lease import read_lease
 from storage_schemas.run_store import RunStore
 from tests.faults.cli import results_at, run_command, run_tiny
+from tests.processes import alive, children_of, in_session
 
 # An M-step of some ten seconds, whose checkpoints are written only when an end is asked for.
 LONG = ("--set", "m_step.steps=800", "--set", "m_step.checkpoint_seconds=1000")
 
 
-def processes_of(session: int) -> list[str]:
-    """Return the command lines of the living processes of a session."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdecimal():
-            continue
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session and fields[0] != "Z":
-                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
-
-
 def embedded_server_of(pid: int) -> int:
     """Return the process id of the embedded server that a run has started."""
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdecimal():
-            continue
-        try:
-            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-            if int(parent) == pid and b"prefect.server.api" in (folder / "cmdline").read_bytes():
-                return int(folder.name)
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    raise AssertionError("the run has no embedded server")
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    found = [child.pid for child in children_of(pid) if b"prefect.server.api" in child.command]
+    assert found, "the run has no embedded server"
+    return found[0]
 
 
 def within(seconds: float, condition: Callable[[], bool]) -> bool:
@@ -119,7 +91,7 @@ def test_an_end_that_is_asked_for_comes_soon_and_loses_nothing(
         assert process.returncode == 130
         assert "interrupted; the same command resumes" in messages
         assert "Traceback" not in messages
-        assert not processes_of(process.pid)
+        assert not in_session(process.pid)
         assert within(5, lambda: not alive(server))
 
     store = RunStore.open(str(url))
@@ -141,7 +113,7 @@ def test_a_killed_run_leaves_no_process_behind(
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         assert within(15, lambda: not alive(server)), "nobody stopped the embedded server"
-        assert not processes_of(process.pid)
+        assert not in_session(process.pid)
 
 
 def test_no_server_where_one_is_named_is_told_with_the_remedy(

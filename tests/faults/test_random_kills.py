@@ -19,8 +19,8 @@ import pytest
 from storage_schemas.run_store import RunStore
 from storage_schemas.verify import verify
 from tests.faults.cli import results_at, run_command, run_tiny
-from tests.faults.test_interruption import processes_of
 from tests.prefect_server import prefect_server
+from tests.processes import children_of, in_session
 
 pytestmark = pytest.mark.slow
 
@@ -40,8 +40,13 @@ def undisturbed(
     tmp_path_factory: pytest.TempPathFactory, tiny_config: Path, home: dict[str, str]
 ) -> tuple[dict[str, str], int]:
     """Checksums of the undisturbed run, and how many events it reports."""
-    url = tmp_path_factory.mktemp("runs") / "tiny"
-    with working(tiny_config, url, home) as process:
+    return undisturbed_by(tiny_config, tmp_path_factory.mktemp("runs") / "tiny", home)
+
+
+def undisturbed_by(
+    config: Path, url: Path, environment: dict[str, str], *more: str
+) -> tuple[dict[str, str], int]:
+    with working(config, url, environment, *more) as process:
         assert process.wait(timeout=600) == 0
     return results_at(str(url)), events(url)
 
@@ -119,18 +124,8 @@ def test_the_process_of_the_run(
 
 def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
     """Return the process ids of a run's workers."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdecimal():
-            continue
-        try:
-            stat = (folder / "stat").read_text().rpartition(")")[2].split()
-            command = (folder / "cmdline").read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if stat[1] == str(process.pid) and b"pipelines.runners.worker" in command:
-            found.append(int(folder.name))
-    return found
+    found = children_of(process.pid)
+    return [child.pid for child in found if b"pipelines.runners.worker" in child.command]
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +134,7 @@ def undisturbed_workers(
 ) -> tuple[dict[str, str], int]:
     """The same with two workers: M-steps have two threads there, and round otherwise."""
     url = tmp_path_factory.mktemp("runs") / "workers"
-    with working(tiny_config, url, home, *WORKERS) as process:
-        assert process.wait(timeout=600) == 0
-    return results_at(str(url)), events(url)
+    return undisturbed_by(tiny_config, url, home, *WORKERS)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -163,7 +156,7 @@ def test_a_worker(
                 os.kill(rng.choice(workers), signal.SIGKILL)
                 killed += 1
         assert process.wait(timeout=600) == 0, "the run goes on with another worker"
-        assert not processes_of(process.pid)
+        assert not in_session(process.pid)
     assert killed
     assert results_at(str(tmp_path / "run")) == expected
 

@@ -25,6 +25,7 @@ from storage_schemas.run_store import RunStore
 from storage_schemas.verify import verify
 from tests.faults.cli import results_at
 from tests.prefect_server import end, prefect_server
+from tests.processes import in_session
 
 pytestmark = pytest.mark.slow
 
@@ -66,25 +67,14 @@ def until(what: str, ask: Callable[[], object], seconds: float = PATIENCE) -> No
 
 def session_of(leader: int) -> list[int]:
     """Live processes of a session, without its leader."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
-        except OSError:
-            continue
-        if int(session) == leader and state != "Z" and int(path.parent.name) != leader:
-            found.append(int(path.parent.name))
-    return found
+    return [process.pid for process in in_session(leader) if process.pid != leader]
 
 
 def flow_process(leader: int) -> int:
     """The process of the flow run that is served now."""
-    for pid in session_of(leader):
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        if b"multiprocessing.spawn" in command and os.getppid() != pid:
-            parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-            if int(parent) == leader:
-                return pid
+    for process in in_session(leader):
+        if b"multiprocessing.spawn" in process.command and process.parent == leader:
+            return process.pid
     raise AssertionError("no flow run is going on")
 
 

@@ -34,6 +34,7 @@ from storage_schemas.config import LocalRunner
 from storage_schemas.run_store import RunStore
 from storage_schemas.verify import verify
 from tests.faults.cli import results_at
+from tests.processes import alive
 
 Call = Callable[..., Any]
 
@@ -120,15 +121,6 @@ def at_advance(number: int, act: Callable[[], None]) -> Recorder:
     return Recorder(lambda count: act() if count == number else None)
 
 
-def runs(pid: int) -> bool:
-    """Tell whether a process runs: neither gone nor dead and not yet collected."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX"
-
-
 def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -158,11 +150,11 @@ def pool() -> Iterator[DevicePool]:
     """Two workers of one thread each, for all tests; what is left of them is gone afterwards."""
     with open_devices(TWO) as opened:
         yield opened
-        pids = [pid for pid in opened.pids if runs(pid)]
+        pids = [pid for pid in opened.pids if alive(pid)]
         assert pids, "a worker that a test ended is replaced at the next call only"
         began = time.monotonic()
     assert time.monotonic() - began < devices.GRACE_SECONDS, "idle workers end at once"
-    assert not any(map(runs, pids))
+    assert not any(map(alive, pids))
     with pytest.raises(cancellation.Cancelled, match="closed"):
         opened.call("is_complete", "anywhere", 0)
 
@@ -282,15 +274,15 @@ def test_a_killed_worker_fails_its_stage_and_is_replaced(
         m_step(pool.call, run)
     assert RunStore.open(str(run)).iteration(0).stage("m_step") is None
     # An idle one that dies in the moment in which it is called fails that call, as it should.
-    assert wait_for(lambda: not any(map(runs, before)), 10)
+    assert wait_for(lambda: not any(map(alive, before)), 10)
     with ThreadPoolExecutor(2) as threads:  # Threads end here, and what they started must not.
         again = threads.submit(m_step, pool.call, run)
         assert threads.submit(pool.call, "is_complete", str(run), 0).result() is False
         assert again.result()["model_digest"] == undisturbed
     time.sleep(0.3)
-    assert all(map(runs, pool.pids))
+    assert all(map(alive, pool.pids))
     assert not set(before) & set(pool.pids)
-    assert not any(map(runs, before))
+    assert not any(map(alive, before))
 
 
 def test_cancelling_stops_at_a_checkpoint_and_the_next_call_goes_on(
@@ -360,7 +352,7 @@ def test_a_call_that_is_given_up_ends_its_worker(pool: DevicePool, run: Path) ->
     before = set(pool.pids)
     with use_reporter(at_advance(7, give_up)), pytest.raises(ConnectionResetError, match="went"):
         m_step(pool.call, run)
-    assert sum(map(runs, before)) == 1
+    assert sum(map(alive, before)) == 1
     assert (run / "iterations/000/checkpoint/state.safetensors").exists(), "it was asked first"
 
 
@@ -376,7 +368,7 @@ def test_closing_ends_what_is_going_on(run: Path, monkeypatch: pytest.MonkeyPatc
             assert wait_for(lambda: pool._idle.empty(), 10)
             began = time.monotonic()
         assert time.monotonic() - began < 10
-        assert not any(map(runs, pids))
+        assert not any(map(alive, pids))
         for call in calls:  # Two were going on and one waited for a device.
             assert isinstance(call.exception(), cancellation.Cancelled)
     assert devices.current() is outer
@@ -418,10 +410,10 @@ def test_workers_are_killed_with_their_parent(run: Path) -> None:
         try:
             assert sockets >= 2
             assert len(workers) == 2
-            assert all(map(runs, workers))
+            assert all(map(alive, workers))
             os.kill(parent.pid, signal.SIGKILL)
             parent.wait()
-            assert wait_for(lambda: not any(map(runs, workers)), 2)
+            assert wait_for(lambda: not any(map(alive, workers)), 2)
         finally:
             os.kill(keeper, signal.SIGKILL)
 
