@@ -123,7 +123,6 @@ def _advance(
         return Completed(message=f"{_words(before)}; nothing to do")
     from pipelines.flows import advance_run
 
-    local = run.objects.local_path
     beat = {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: HEARTBEAT_SECONDS}
     with (
         ending_softly(),
@@ -131,7 +130,7 @@ def _advance(
         temporary_settings(beat),
     ):
         advance_run(
-            run.url if local is None else str(Path(local).resolve()),
+            run.address,
             take_over=take_over,
             iterations_per_flow_run=iterations_per_flow_run,
             time_budget=time_budget,

@@ -6,14 +6,13 @@ import contextlib
 import importlib
 import threading
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from pipelines.json_log import JsonReporter
 from pipelines.prefect_settings import apply_defaults, has_server
-from pipelines.progress import LineReporter, Reporter, TerminalReporter, use_reporter
+from pipelines.progress import Reporter, reporter_on, use_reporter
 from pipelines.signals import ending_softly
 from pipelines.sources import require_source
 from pipelines.status import read_status
@@ -25,7 +24,7 @@ from storage_schemas.objects import ObjectStore, redact_url
 from storage_schemas.run_store import RunStore
 from storage_schemas.stage_folder import now
 
-__all__ = ["Interrupted", "RunFailed", "launch", "prepare_run"]
+__all__ = ["Interrupted", "RunFailed", "launch", "prepare_run", "require_runnable"]
 
 _HEAVY = ("diffem_core.channel", "pipelines.stages")
 
@@ -59,20 +58,39 @@ def prepare_run(config: RunConfig, url: str, *, take_over: bool) -> RunStore:
 
         build_device(config.runner)
     objects = ObjectStore(url)
+    stored = require_runnable(config, objects)
+    if stored is None:
+        return _create(objects, config)
+    if stored.config == config:
+        _require_free(objects, take_over)
+        return stored
+    with RunLease(objects, owner="diffem run", take_over=take_over):
+        return RunStore.create(objects, config)
+
+
+def require_runnable(config: RunConfig, objects: ObjectStore) -> RunStore | None:
+    """Refuse what could not run there; nothing is written.
+
+    Arguments:
+        config: The config.
+        objects: Where the run lives, or is to live.
+
+    Returns:
+        The run that is there with this config; None where there is none yet.
+
+    Raises:
+        ValueError: The config describes nothing that can run, or another run is there.
+    """
     try:
         stored = RunStore.open(objects)
     except NotARun:
         from pipelines.check import check_config
 
         check_config(config)
-        return _create(objects, config)
-    if stored.config == config:
-        _require_free(objects, take_over)
-        return stored
+        return None
     if stored.config.digest != config.digest:
-        return RunStore.create(objects, config)  # refuses, with the difference
-    with RunLease(objects, owner="diffem run", take_over=take_over):
-        return RunStore.create(objects, config)
+        RunStore.create(objects, config)  # refuses, with the difference
+    return stored
 
 
 def _create(objects: ObjectStore, config: RunConfig) -> RunStore:
@@ -121,11 +139,7 @@ def launch(
     """
     console = Console(stderr=True)
     store = prepare_run(config, url, take_over=take_over)
-    reporter: Reporter
-    if json_logs:
-        reporter = JsonReporter(console, run=store.config.name)
-    else:
-        reporter = TerminalReporter(console) if console.is_terminal else LineReporter(console)
+    reporter = JsonReporter(console, run=store.config.name) if json_logs else reporter_on(console)
     before = read_status(store)
     if before.state == "complete":
         reporter.note(f"{redact_url(store.url)} is complete; checking its objects")
@@ -167,7 +181,7 @@ def _work(store: RunStore, reporter: Reporter, **limits: Any) -> dict[str, Any]:
         # Heartbeats tell a server that outlives this process that it is alive; each costs a flow
         # run about a second at its end, for nothing where the server ends with the process.
         beat = watching.HEARTBEAT_SECONDS if has_server() else None
-        address = _address(store)
+        address = store.address
         run = em_run.with_options(
             flow_run_name=store.config.name, on_running=[lambda *_: starting.close()]
         )
@@ -199,9 +213,3 @@ def _preload() -> None:
     with contextlib.suppress(Exception):
         for name in _HEAVY:
             importlib.import_module(name)
-
-
-def _address(store: RunStore) -> str:
-    """Return what opens the run from any folder: it is a parameter of the flow."""
-    local = store.objects.local_path
-    return store.url if local is None else str(Path(local).resolve())

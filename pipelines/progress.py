@@ -32,6 +32,7 @@ __all__ = [
     "SilentReporter",
     "TerminalReporter",
     "reporter",
+    "reporter_on",
     "stage",
     "use_reporter",
 ]
@@ -150,6 +151,11 @@ class TerminalReporter:
     def note(self, text: str) -> None:
         """Print one line above the bars."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def reporter_on(console: Console) -> Reporter:
+    """Return what reports to a console: bars on a terminal, lines elsewhere."""
+    return TerminalReporter(console) if console.is_terminal else LineReporter(console)
 
 
 _reporter: Reporter = SilentReporter()

@@ -27,6 +27,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from storage_schemas._base import Record
 from storage_schemas.config import RunConfig, StopConfig
 from storage_schemas.metrics import Metrics
+from storage_schemas.sharding import shard_count, shard_rows
 
 __all__ = [
     "Digest",
@@ -155,14 +156,11 @@ class ReconstructionsManifest(Record):
     @property
     def shards(self) -> int:
         """Number of shards."""
-        return -(-self.samples // self.shard_size)
+        return shard_count(self.samples, self.shard_size)
 
     def rows(self, shard: int) -> tuple[int, int]:
         """Return the first row of a shard and the row after its last."""
-        if not 0 <= shard < self.shards:
-            raise ValueError(f"shard is {shard} but there are shards 0 to {self.shards - 1}")
-        start = shard * self.shard_size
-        return start, min(self.samples, start + self.shard_size)
+        return shard_rows(shard, self.samples, self.shard_size)
 
 
 class ShardManifest(Record):

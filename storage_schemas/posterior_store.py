@@ -30,6 +30,7 @@ from storage_schemas.layout import ArrayLayout, StoreLayout, clean_dims, inner_c
 from storage_schemas.manifests import ObjectRecord
 from storage_schemas.objects import ObjectStore, redact_url
 from storage_schemas.run_store import config_differences
+from storage_schemas.sharding import shard_count, shard_rows
 
 __all__ = ["DrawPlan", "DrawShard", "DrawStore", "DrawsManifest", "OtherDraws", "Summary"]
 
@@ -83,14 +84,11 @@ class DrawPlan(Record):
     @property
     def shards(self) -> int:
         """Number of shards."""
-        return -(-self.samples // self.shard_size)
+        return shard_count(self.samples, self.shard_size)
 
     def rows(self, shard: int) -> tuple[int, int]:
         """Return the first row of a shard and the row after its last."""
-        if not 0 <= shard < self.shards:
-            raise ValueError(f"shard is {shard} but there are shards 0 to {self.shards - 1}")
-        start = shard * self.shard_size
-        return start, min(self.samples, start + self.shard_size)
+        return shard_rows(shard, self.samples, self.shard_size)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return what one sample has in each array, by name."""

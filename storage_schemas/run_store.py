@@ -145,6 +145,12 @@ class RunStore:
         return self.objects.url
 
     @property
+    def address(self) -> str:
+        """What opens the run from any folder: its URL, or its absolute path."""
+        local = self.objects.local_path
+        return self.url if local is None else str(local.resolve())
+
+    @property
     def config(self) -> RunConfig:
         """The stored config."""
         return self.manifest.config

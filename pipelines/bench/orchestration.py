@@ -103,7 +103,7 @@ def bench_orchestration(
             with ExitStack() as stack:
                 home = folder / "server"
                 home.mkdir()
-                served = stack.enter_context(prefect_server(home, environment))
+                served = stack.enter_context(prefect_server(home, environment)).environment
                 if server:
                     shards.append(_shard_cost("server, threads", served, folder / "b"))
                 if ray:

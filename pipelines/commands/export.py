@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands.ending import use_ends_here
 from pipelines.commands.model_options import IterationOption, parse_iteration
 from pipelines.commands.options import JsonOption, RunArgument
-from pipelines.commands.talking import print_json, say
+from pipelines.commands.talking import mistakes_end_here, print_json, say
 
 __all__ = ["export"]
 
@@ -42,7 +41,7 @@ def export(
     json_: JsonOption = False,
 ) -> None:
     """Write a model as a folder that other tools load, with a model card."""
-    with use_ends_here("the same command begins anew"):
+    with mistakes_end_here("the same command begins anew"):
         from pipelines.export.write import ExportRequest
         from pipelines.export.write import export as export_model
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from pipelines.commands.options import JsonOption
-from pipelines.commands.talking import INTERRUPTED, mistakes_end_here, print_json, say
-
-if TYPE_CHECKING:
-    from pipelines.ingest.request import IngestRequest
-    from pipelines.ingest.write import IngestSummary
+from pipelines.commands.talking import mistakes_end_here, print_json, say, with_progress
 
 __all__ = ["ingest"]
 
@@ -94,14 +90,16 @@ def ingest(
     """Bring data of your own into a store that runs read."""
     from pipelines.config_io import load_config
     from pipelines.ingest.base import IngestError
+    from pipelines.ingest.memory import return_large_blocks
     from pipelines.ingest.request import (
         IngestRequest,
         parse_holdout,
         parse_params,
         parse_shape,
     )
+    from pipelines.ingest.write import ingest as ingest_all
 
-    with mistakes_end_here():
+    with mistakes_end_here("the same command goes on where this one stopped"):
         if append and holdout != "0.1":
             raise IngestError(
                 "--holdout is given but what is added is for training only: the held-out samples "
@@ -126,7 +124,9 @@ def ingest(
             units=units,
             value_range=range_,
         )
-        summary = _ingested(request)
+        return_large_blocks()
+        with with_progress():
+            summary = ingest_all(request)
     verb = "holds the same already:" if summary.complete_before else "now holds"
     say(
         f"{summary.url} {verb} {summary.samples:,} observations, {summary.holdout:,} held "
@@ -137,22 +137,3 @@ def ingest(
         print_json(summary.model_dump(mode="json"))
     else:
         print(summary.yaml())
-
-
-def _ingested(request: IngestRequest) -> IngestSummary:
-    """Ingest with a progress bar on standard error."""
-    from rich.console import Console
-
-    from pipelines.ingest.memory import return_large_blocks
-    from pipelines.ingest.write import ingest
-    from pipelines.progress import LineReporter, TerminalReporter, use_reporter
-
-    console = Console(stderr=True)
-    reporter = TerminalReporter(console) if console.is_terminal else LineReporter(console)
-    return_large_blocks()
-    try:
-        with use_reporter(reporter):
-            return ingest(request)
-    except KeyboardInterrupt:
-        say("diffem: interrupted; the same command goes on where this one stopped")
-        raise typer.Exit(INTERRUPTED) from None

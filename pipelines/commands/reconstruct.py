@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands.ending import use_ends_here, with_progress
 from pipelines.commands.model_options import (
     DeviceOption,
     IterationOption,
@@ -14,7 +13,7 @@ from pipelines.commands.model_options import (
     parse_iteration,
 )
 from pipelines.commands.options import JsonOption, RunArgument
-from pipelines.commands.talking import print_json, say
+from pipelines.commands.talking import mistakes_end_here, print_json, say, with_progress
 
 __all__ = ["reconstruct"]
 
@@ -97,7 +96,7 @@ def reconstruct(
     json_: JsonOption = False,
 ) -> None:
     """Restore new observations, with their uncertainty."""
-    with use_ends_here("the same command goes on where it stopped"), with_progress():
+    with mistakes_end_here("the same command goes on where it stopped"), with_progress():
         from pipelines.config_io import load_config
         from pipelines.ingest.request import parse_params, parse_shape
         from pipelines.using import reconstruct as work

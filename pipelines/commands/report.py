@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands.ending import use_ends_here
 from pipelines.commands.options import RunArgument
+from pipelines.commands.talking import mistakes_end_here
 
 __all__ = ["report"]
 
@@ -36,7 +36,7 @@ def report(
     from storage_schemas.objects import ObjectStore, redact_url
     from storage_schemas.run_store import RunStore
 
-    with use_ends_here("nothing was written"):
+    with mistakes_end_here("nothing was written"):
         store = RunStore.open(run)
         local = store.objects.local_path
         if out is None:

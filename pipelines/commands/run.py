@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from pipelines.commands.options import ConfigArgument, SetOption, StoreOption
-from pipelines.commands.talking import DONE, FAILED, INTERRUPTED, MISTAKE, mistakes_end_here, say
+from pipelines.commands.talking import DONE, FAILED, mistakes_end_here, say
 
 if TYPE_CHECKING:
     from storage_schemas.config import RunConfig
@@ -70,19 +70,14 @@ def run(
 def _execute(config: RunConfig, url: str, **options: Any) -> NoReturn:
     """Create or open the run, start Prefect, and let `em_run` do the work."""
     from pipelines.launch import Interrupted, RunFailed, launch
-    from storage_schemas.lease import LeaseHeld
     from storage_schemas.objects import redact_url
 
-    try:
-        with mistakes_end_here():
+    with mistakes_end_here(f"the same command resumes {redact_url(url)}"):
+        try:
             launch(config, url, **options)
-    except LeaseHeld as error:
-        say(f"diffem: {error}")
-        raise typer.Exit(MISTAKE) from None
-    except RunFailed as error:
-        say(f"diffem: {error}")
-        raise typer.Exit(FAILED) from None
-    except (Interrupted, KeyboardInterrupt):
-        say(f"diffem: interrupted; the same command resumes {redact_url(url)}")
-        raise typer.Exit(INTERRUPTED) from None
+        except Interrupted:
+            raise KeyboardInterrupt from None
+        except RunFailed as error:
+            say(f"diffem: {error}")
+            raise typer.Exit(FAILED) from None
     raise typer.Exit(DONE)

@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands.ending import use_ends_here, with_progress
 from pipelines.commands.model_options import DeviceOption, StepsOption
 from pipelines.commands.options import JsonOption, RunArgument
-from pipelines.commands.talking import print_json, say
+from pipelines.commands.talking import mistakes_end_here, print_json, say, with_progress
 
 __all__ = ["sample"]
 
@@ -36,7 +35,7 @@ def sample(
     json_: JsonOption = False,
 ) -> None:
     """Draw clean samples from the prior that a run learned."""
-    with use_ends_here("the same command goes on where it stopped"), with_progress():
+    with mistakes_end_here("the same command goes on where it stopped"), with_progress():
         from pipelines.using import sample as work
 
         done = work.sample(

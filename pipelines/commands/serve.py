@@ -190,19 +190,12 @@ def _shown(option: str, url: str) -> str:
 
 def _check(config: RunConfig, url: str) -> None:
     """Refuse now what every flow run would refuse: nothing is written."""
-    from pipelines.check import check_config
+    from pipelines.launch import require_runnable
     from pipelines.sources import require_source
-    from storage_schemas.errors import NotARun
-    from storage_schemas.run_store import RunStore
+    from storage_schemas.objects import ObjectStore
 
     require_source(config.data)
-    try:
-        stored = RunStore.open(url)
-    except NotARun:
-        check_config(config)
-        return
-    if stored.config.digest != config.digest:
-        RunStore.create(url, config)  # refuses, with the difference
+    require_runnable(config, ObjectStore(url))
 
 
 def _require_configured_server() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -16,21 +15,12 @@ from storage_schemas.run_store import RunStore
 from tests.faults.cli import run_command
 from tests.prefect_server import prefect_server
 
-playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-
 pytestmark = pytest.mark.slow
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
-def page() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed (apt install chromium)")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser.new_page(viewport={"width": 1300, "height": 1400})
-        browser.close()
+def page(browser: Any) -> Any:
+    return browser.new_page(viewport={"width": 1300, "height": 1400})
 
 
 @pytest.fixture(scope="module")

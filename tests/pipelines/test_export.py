@@ -23,8 +23,9 @@ from pipelines.export import graph
 from pipelines.export.subject import Subject, choose_subject
 from pipelines.using.run import Run, open_run
 from storage_schemas.run_store import RunStore
+from tests.command_line import diffem
 from tests.pipelines.test_run import make_run
-from tests.pipelines.used_run import bytes_of, diffem, run, used  # noqa: F401
+from tests.pipelines.used_run import bytes_of, run, used  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 

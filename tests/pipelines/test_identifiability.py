@@ -2,7 +2,6 @@
 pictures."""
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +11,28 @@ import torch
 import yaml
 from PIL import Image
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
 from diffem_core import Channel, PhysicsChannel, RandomMask
-from pipelines.cli import app
 from pipelines.config_io import load_config
 from pipelines.stages import fit_start, prepare_observations
 from storage_schemas.run_store import RunStore
+from tests import command_line
+from tests.command_line import diffem, json_of
 from tests.conftest import TINY
 
 COUNT = 120
 UNKNOWN_TRUTH = {"draws": 2}
 
 
-def diffem(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def report_of(*arguments: object) -> dict[str, Any]:
-    """Check, and return the report: standard output holds nothing else, whatever the verdict."""
-    result = diffem("check", *arguments, "--json")
-    assert result.exit_code == 0, result.output
-    report: dict[str, Any] = json.loads(result.stdout)
-    return report
+    """Check, and return the report: the exit status is 0 whatever the verdict."""
+    return json_of("check", *arguments)
 
 
 def refused(*arguments: object) -> str:
-    result = diffem("check", *arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("diffem: ")
-    return str(result.stderr)
+    message = command_line.refused("check", *arguments)
+    assert message.startswith("diffem: ")
+    return message
 
 
 def config_file(tmp_path: Path, **changes: object) -> Path:

@@ -19,10 +19,8 @@ import pytest
 import yaml
 import zarr
 from PIL import Image
-from typer.testing import CliRunner, Result
 
 from pipelines.check import check_config
-from pipelines.cli import app
 from pipelines.config_io import ConfigError, load_config
 from pipelines.flows import em_run
 from pipelines.ingest.base import recut
@@ -35,6 +33,8 @@ from storage_schemas.objects import ObjectStore
 from storage_schemas.observations import Observations, read_seal
 from storage_schemas.run_store import RunStore
 from storage_schemas.verify import verify
+from tests import command_line
+from tests.command_line import diffem, json_of
 from tests.conftest import TINY
 from tests.pipelines.test_run import TRUTH_NEEDED
 from tests.storage.servers import reached, require_server, serving
@@ -42,25 +42,12 @@ from tests.storage.servers import reached, require_server, serving
 COUNT = 60
 
 
-def diffem(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def ingested(*arguments: object) -> dict[str, Any]:
-    """Ingest, and return the summary: standard output holds nothing else."""
-    result = diffem("ingest", *arguments, "--json")
-    assert result.exit_code == 0, result.output
-    summary: dict[str, Any] = json.loads(result.stdout)
-    return summary
+    return json_of("ingest", *arguments)
 
 
 def refused(*arguments: object) -> str:
-    """Ingest what is refused, and return the message."""
-    result = diffem("ingest", *arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert result.stderr.splitlines()[-1].startswith("diffem: ")
-    return str(result.stderr)
+    return command_line.refused("ingest", *arguments)
 
 
 def reader(url: object) -> Observations:

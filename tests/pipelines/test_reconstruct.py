@@ -14,8 +14,9 @@ from PIL import Image
 
 from pipelines.using import reconstruct as work
 from pipelines.using.run import Run, RunPosterior
+from tests.command_line import diffem
 from tests.conftest import TINY
-from tests.pipelines.used_run import bytes_of, diffem, observed, run, used  # noqa: F401
+from tests.pipelines.used_run import bytes_of, observed, run, used  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 

@@ -12,9 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from pipelines.cli import app
 from pipelines.report import read_report, render_report
 from pipelines.report.series import collect
 from pipelines.report.spectra import power_spectrum, read_spectra
@@ -24,6 +22,7 @@ from storage_schemas.errors import DamageError
 from storage_schemas.metrics import Metric
 from storage_schemas.run_store import RunStore
 from storage_schemas.verify import verify
+from tests.command_line import diffem
 from tests.pipelines.report_page import Page, metric, plant, png
 from tests.storage.tiny_run import PROVENANCE, make_config
 
@@ -71,10 +70,6 @@ def page_of(store: RunStore) -> Page:
 def findings_of(store: RunStore) -> dict[str, Finding]:
     report = read_report(store)
     return {finding.key: finding for finding in verdict(report, collect(report.steps))}
-
-
-def diffem(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 # ------------------------------------------------------------------------------------ the numbers

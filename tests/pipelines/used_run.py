@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
-from pipelines.cli import app
 from pipelines.using.run import Run, open_run
 from tests.pipelines.test_run import make_run, results_of
 
@@ -32,10 +30,6 @@ def used(
 @pytest.fixture
 def run(used: Path) -> Run:
     return open_run(str(used))
-
-
-def diffem(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def observed(run: Run, count: int, split: Any = "holdout") -> dict[str, np.ndarray]:

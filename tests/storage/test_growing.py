@@ -1,22 +1,21 @@
 """A store of observations that grows: what is sealed stays, what is added counts when sealed."""
 
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
-from pipelines.cli import app
 from pipelines.ingest.request import IngestRequest
 from pipelines.ingest.write import ingest
 from storage_schemas.errors import IncompleteError
 from storage_schemas.generations import GrownObservations, generation_store, read_generations
 from storage_schemas.objects import ObjectStore
 from storage_schemas.observations import Observations, write_observations
+from tests import command_line
+from tests.command_line import json_of
 from tests.storage.tiny_run import X_SHAPE, make_block
 
 FIRST, SECOND, THIRD = 50, 30, 21
@@ -30,22 +29,12 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("storage_schemas.layout.OBSERVATION_CHUNKS_PER_SHARD", 2)
 
 
-def diffem(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def succeeded(*arguments: object) -> dict[str, Any]:
-    result = diffem("ingest", *arguments, "--json")
-    assert result.exit_code == 0, result.output
-    summary: dict[str, Any] = json.loads(result.stdout)
-    return summary
+    return json_of("ingest", *arguments)
 
 
 def refused(*arguments: object) -> str:
-    result = diffem("ingest", *arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    return str(result.stderr)
+    return command_line.refused("ingest", *arguments)
 
 
 def arrays(count: int, seed: int) -> Arrays:
