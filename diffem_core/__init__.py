@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         fit_gaussian_prior,
         log_likelihood,
     )
-    from diffem_core.gaussian_condition import GaussianMeanChannel
+    from diffem_core.gaussian_condition import GaussianMeanChannel, GaussianPosteriorChannel
     from diffem_core.grids import karras_grid, log_linear_grid
     from diffem_core.identifiability import FittedPrior, Identifiability, StandInPrior, identify
     from diffem_core.linear_solvers import conjugate_gradients
@@ -77,6 +77,12 @@ if TYPE_CHECKING:
         super_resolution,
     )
     from diffem_core.posterior import DiffusionPosterior, DiffusionPrior, Posterior, PseudoInverse
+    from diffem_core.preconditioning import (
+        EDMPreconditioning,
+        FactorPreconditioning,
+        MomentsPreconditioning,
+        Preconditioning,
+    )
     from diffem_core.rates import constant_rate, cosine_rate, linear_rate
     from diffem_core.residuals import predictive_test, residual_test
     from diffem_core.samplers import (
@@ -165,7 +171,7 @@ _MODULES = {
     "denoiser": ("Denoiser",),
     "e_step": ("e_step", "refreshed"),
     "gaussian": ("GaussianPosterior", "GaussianPrior", "fit_gaussian_prior", "log_likelihood"),
-    "gaussian_condition": ("GaussianMeanChannel",),
+    "gaussian_condition": ("GaussianMeanChannel", "GaussianPosteriorChannel"),
     "grids": ("karras_grid", "log_linear_grid"),
     "identifiability": ("FittedPrior", "Identifiability", "StandInPrior", "identify"),
     "linear_solvers": ("conjugate_gradients",),
@@ -186,6 +192,12 @@ _MODULES = {
     "noise": ("SampleNoise",),
     "observed_operators": ("with_observed_operators",),
     "posterior": ("DiffusionPosterior", "DiffusionPrior", "Posterior", "PseudoInverse"),
+    "preconditioning": (
+        "EDMPreconditioning",
+        "FactorPreconditioning",
+        "MomentsPreconditioning",
+        "Preconditioning",
+    ),
     "rates": ("constant_rate", "cosine_rate", "linear_rate"),
     "samplers": (
         "Denoise",
@@ -221,22 +233,27 @@ __all__ = [
     "DiffusionPosterior",
     "DiffusionPrior",
     "DigitClassifier",
+    "EDMPreconditioning",
     "EMIteration",
+    "FactorPreconditioning",
     "FittedPrior",
     "FloorRule",
     "GaussianMeanChannel",
     "GaussianPosterior",
+    "GaussianPosteriorChannel",
     "GaussianPrior",
     "Identifiability",
     "LogNormalTime",
     "MMPSPosterior",
     "MStepResult",
     "Measurement",
+    "MomentsPreconditioning",
     "ObservationDivergence",
     "PhysicsChannel",
     "PlateauRule",
     "Point",
     "Posterior",
+    "Preconditioning",
     "PrincipalComponents",
     "PseudoInverse",
     "RandomMask",

@@ -1,22 +1,18 @@
-"""The denoiser `f(x_t, sigma_t, y) ~ E[x | x_t, y]`, with EDM preconditioning.
+"""The denoiser `f(x_t, sigma_t, y) ~ E[x | x_t, y]`: a network and what preconditions it.
 
-Around a network F:
-
-    f = c_skip x_t + c_out F(c_in x_t, c_noise, y)
-    c_skip = s^2 / (sigma^2 + s^2)      c_out = sigma s / sqrt(sigma^2 + s^2)
-    c_in = 1 / sqrt(sigma^2 + s^2)      c_noise = log sigma
-
-with s the standard deviation of the data. One class serves conditional and unconditional use: a
-network that needs the observation takes it as an argument.
-
-References:
-    Karras et al. 2022 (EDM, arXiv 2206.00364), table 1 and equation 7.
+One class serves conditional and unconditional use: a network that needs the observation takes it
+as an argument.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
+
+from diffem_core.preconditioning import EDMPreconditioning, Preconditioning
 
 __all__ = ["Denoiser"]
 
@@ -30,6 +26,7 @@ class Denoiser(nn.Module):
             returns the shape of x.
         sigma_data: Standard deviation of the data, in network units.
         precision: Type in which the network computes; preconditioning and weights keep theirs.
+        preconditioning: What surrounds the network; EDM's with `sigma_data` by default.
     """
 
     def __init__(
@@ -38,6 +35,7 @@ class Denoiser(nn.Module):
         *,
         sigma_data: float = 1.0,
         precision: torch.dtype = torch.float32,
+        preconditioning: Preconditioning | None = None,
     ) -> None:
         super().__init__()
         if not sigma_data > 0:
@@ -50,6 +48,7 @@ class Denoiser(nn.Module):
         self.network = network
         self.sigma_data = sigma_data
         self.precision = precision
+        self.preconditioning = preconditioning or EDMPreconditioning(sigma_data=sigma_data)
 
     def forward(self, x_t: Tensor, sigma_t: Tensor, condition: Tensor | None = None) -> Tensor:
         """Estimate E[x | x_t, y].
@@ -64,23 +63,38 @@ class Denoiser(nn.Module):
 
         Raises:
             ValueError: The network returned another shape than that of x_t.
-
-        References:
-            Karras et al. 2022 (EDM), equation 7.
         """
         sigma_t = sigma_t.reshape(-1)
-        sigma = sigma_t.reshape(-1, *[1] * (x_t.ndim - 1))
-        c_in = (sigma.square() + self.sigma_data**2).rsqrt()
-        c_skip = (self.sigma_data * c_in).square()
-        c_out = sigma * self.sigma_data * c_in
-        if self.precision == torch.float32:
-            output = self.network(c_in * x_t, sigma_t.log(), condition)
-        else:
-            with torch.autocast(x_t.device.type, self.precision):
-                output = self.network(c_in * x_t, sigma_t.log(), condition)
-        if output.shape != x_t.shape:
-            raise ValueError(
-                f"the network returned shape {tuple(output.shape)} for samples of shape "
-                f"{tuple(x_t.shape)}; a denoiser's network keeps the shape (check out_channels)"
-            )
-        return torch.addcmul(c_skip * x_t, c_out, output.to(x_t.dtype))
+        c_noise = sigma_t.log()
+
+        def network(x: Tensor) -> Tensor:
+            if self.precision == torch.float32:
+                output: Tensor = self.network(x, c_noise, condition)
+            else:
+                with torch.autocast(x.device.type, self.precision):
+                    output = self.network(x, c_noise, condition)
+            if output.shape != x.shape:
+                raise ValueError(
+                    f"the network returned shape {tuple(output.shape)} for samples of shape "
+                    f"{tuple(x.shape)}; a denoiser's network keeps the shape (check out_channels)"
+                )
+            return output.to(x_t.dtype)
+
+        return self.preconditioning(network, x_t, sigma_t, condition)
+
+    @contextmanager
+    def cast_once(self) -> Iterator[None]:
+        """Cast the network's weights once for all estimates inside, not at each of them.
+
+        The estimates are the same, to the bit. Inside, the weights are not to be trained.
+        """
+        own = self.network
+        cast = getattr(own, "cast", None)
+        if self.precision == torch.float32 or cast is None:
+            yield
+            return
+        self.network = cast(self.precision)
+        try:
+            yield
+        finally:
+            self.network = own

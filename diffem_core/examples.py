@@ -133,9 +133,13 @@ class Batches:
         self._orders = {
             p: self._orders[p] if p in self._orders else self._order(p) for p in passes
         }
-        joined = torch.cat([self._orders[p] for p in passes])
-        first = start - passes[0] * self.n
-        return joined[first : first + self.batch_size]
+        # Pieces alone are copied: an order is as long as the data.
+        return torch.cat(
+            [
+                self._orders[p][max(0, start - p * self.n) : min(self.n, stop - p * self.n)]
+                for p in passes
+            ]
+        )
 
     def _order(self, number: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", number))

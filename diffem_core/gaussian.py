@@ -51,6 +51,8 @@ __all__ = [
     "require_fittable",
 ]
 
+_JITTER = 1e-12  # Of the mean variance: rounding may leave an exactly seen direction below 0.
+
 
 def fit_gaussian_prior(
     y: Tensor,
@@ -207,6 +209,11 @@ class GaussianPosterior:
         self.channel = channel
         self._systems = Systems.of(prior, channel, solver=solver)
 
+    @property
+    def iterative(self) -> bool:
+        """Whether systems are solved by conjugate gradients."""
+        return self._systems.iterative
+
     def mean(self, y: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         """Compute E[x | y], of shape (n, *x_shape), in the data's units and the type of y."""
         parts = []
@@ -214,6 +221,48 @@ class GaussianPosterior:
             system = self._systems.build(rows_of(params, rows), len(y[rows]))
             parts.append(self.prior.mean + system.gain(system.residual(y[rows], self.prior.mean)))
         return torch.cat(parts).reshape(len(y), *self.channel.x_shape).to(y.dtype)
+
+    def moments(
+        self, y: Tensor, params: Mapping[str, Tensor], *, full: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the mean and the spread of x given y.
+
+        Arguments:
+            y: Observations of shape (n, *y_shape), in the data's units.
+            params: Their operator parameters.
+            full: Whether the spread is the whole covariance, instead of its diagonal.
+
+        Returns:
+            E[x | y], of shape (n, *x_shape), in the data's units and the type of y; and the
+            standard deviations of its entries, likewise, or a lower triangular factor K of shape
+            (n, D, D) with Cov[x | y] = K K'.
+
+        Raises:
+            ValueError: The systems are solved by conjugate gradients, which know no variances.
+        """
+        if self._systems.iterative:
+            raise ValueError(
+                f"posterior variances need factorized systems, but those of the "
+                f"{type(self.channel).__name__} are large and solved by conjugate gradients; make "
+                "do with the mean"
+            )
+        means, spreads = [], []
+        for rows in self._systems.chunks(len(y)):
+            system = self._systems.build(rows_of(params, rows), len(y[rows]))
+            means.append(self.prior.mean + system.gain(system.residual(y[rows], self.prior.mean)))
+            if full:
+                left = system.covariances()
+                scale = left.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+                left = left + torch.diag_embed((_JITTER * scale).expand(-1, left.shape[-1]))
+                spreads.append(torch.linalg.cholesky(left))
+            else:
+                spreads.append(system.variances().clamp_min(0.0).sqrt())
+        shape = (len(y), *self.channel.x_shape)
+        spread = torch.cat(spreads).to(y.dtype)
+        return (
+            torch.cat(means).reshape(shape).to(y.dtype),
+            spread if full else spread.reshape(shape),
+        )
 
     def sample(
         self,

@@ -2,7 +2,8 @@
 
 A network that sees random projections has to learn to invert the operator of each sample, which is
 most of what there is to learn. Shown the posterior mean under the Gaussian prior of the start, it
-begins where that ends, and learns what is not Gaussian.
+begins where that ends, and learns what is not Gaussian. With the posterior's spread as well, the
+denoiser can be built around that posterior (`preconditioning`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from torch import Tensor
 from diffem_core.channel import Channel, Params
 from diffem_core.gaussian import GaussianPosterior
 from diffem_core.gaussian_prior import GaussianPrior
+from diffem_core.preconditioning import FactorPreconditioning, MomentsPreconditioning
 from diffem_core.scaling import Scaling
 
-__all__ = ["GaussianMeanChannel"]
+__all__ = ["GaussianMeanChannel", "GaussianPosteriorChannel"]
+
+_WHOLE = 16  # Entries of a vector up to which its whole covariance is part of the condition.
 
 
 class GaussianMeanChannel(Channel):
@@ -90,3 +94,61 @@ class GaussianMeanChannel(Channel):
     def matrix(self, params: Params, *, dtype: torch.dtype = torch.float64) -> Tensor:
         """Write the operator as one dense matrix per sample; see `Channel.matrix`."""
         return self.channel.matrix(params, dtype=dtype)
+
+
+class GaussianPosteriorChannel(GaussianMeanChannel):
+    """A channel whose condition ends with the Gaussian posterior of x: E[x | y] and its spread.
+
+    Where x is a vector of at most 16 entries, the spread is a triangular factor of the covariance;
+    otherwise, standard deviations entry by entry.
+
+    Arguments:
+        channel: A linear channel with Gaussian noise; it stays as it is.
+        prior: The prior, in the data's units.
+
+    Raises:
+        ValueError: The channel is not linear or not Gaussian, the prior has another size, or the
+            systems are so large that they are solved by conjugate gradients.
+    """
+
+    def __init__(self, channel: Channel, prior: GaussianPrior) -> None:
+        super().__init__(channel, prior)
+        if self._posterior(prior.mean.device).iterative:
+            size = len(prior.mean)
+            raise ValueError(
+                f"condition 'gaussian_posterior' needs posterior variances, which conjugate "
+                f"gradients do not give; the systems of {type(channel).__name__} with {size} "
+                "entries of x are too large for any other solver: take 'gaussian_mean'"
+            )
+
+    @property
+    def whole(self) -> bool:
+        """Whether the condition holds the whole covariance."""
+        return len(self.x_shape) == 1 and self.x_shape[0] <= _WHOLE
+
+    @property
+    def preconditioning(self) -> FactorPreconditioning | MomentsPreconditioning:
+        """What builds a denoiser around the posterior that the condition holds."""
+        if self.whole:
+            return FactorPreconditioning(dimension=self.x_shape[0])
+        return MomentsPreconditioning(bands=self.x_shape[0])
+
+    @property
+    def condition_channels(self) -> int:
+        """Those of the channel, the bands of x, and what its spread takes."""
+        bands = self.x_shape[0]
+        return self.channel.condition_channels + bands + (bands**2 if self.whole else bands)
+
+    def condition(self, y: Tensor, params: Params, scaling: Scaling) -> Tensor:
+        """Build the channel's condition, followed by the posterior in network units."""
+        mean, spread = self._posterior(y.device).moments(y, params, full=self.whole)
+        if self.whole:
+            spread = spread.flatten(1)
+        return torch.cat(
+            [
+                self.channel.condition(y, params, scaling),
+                scaling.to_network(mean),
+                scaling.scale * spread,
+            ],
+            dim=1,
+        )

@@ -78,6 +78,14 @@ class IterativeSystem:
         """Refuse: iteration gives no determinant."""
         raise NotImplementedError("log-densities take dense systems")
 
+    def variances(self) -> Tensor:
+        """Refuse: conjugate gradients solve for one right-hand side, and know no diagonal."""
+        raise NotImplementedError("conjugate gradients give no posterior variances")
+
+    def covariances(self) -> Tensor:
+        """Refuse, as `variances` does."""
+        raise NotImplementedError("conjugate gradients give no posterior covariances")
+
     def _spread(self, x: Tensor) -> Tensor:
         return (x @ self.prior.factor) @ self.prior.factor.mT + self.prior.diag * x
 

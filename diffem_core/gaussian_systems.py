@@ -1,7 +1,8 @@
 """Linear systems of Gaussian posteriors, one per observation: G_i = A_i S A_i' + sigma^2 I.
 
 A system computes, for residuals r_i = y_i - A_i x_i: the weights A_i' G_i^-1 r_i, the gain S A_i'
-G_i^-1 r_i, the log-density log N(r_i; 0, G_i), and the sum of the informations A_i' G_i^-1 A_i.
+G_i^-1 r_i, the log-density log N(r_i; 0, G_i), the sum of the informations A_i' G_i^-1 A_i, and
+what is left of the covariance, C_i = S - S A_i' G_i^-1 A_i S.
 """
 
 from __future__ import annotations
@@ -69,6 +70,14 @@ class System(Protocol):
         """Compute log N(r; 0, G), of shape (n,), in nats."""
         ...
 
+    def variances(self) -> Tensor:
+        """Compute the diagonals of C = S - S A' G^-1 A S, of shape (n, D)."""
+        ...
+
+    def covariances(self) -> Tensor:
+        """Compute C = S - S A' G^-1 A S, of shape (n, D, D)."""
+        ...
+
 
 class _SelectedSystem:
     """G_i for operators that select entries: the seen ones, padded to the longest sample."""
@@ -108,6 +117,18 @@ class _SelectedSystem:
     def log_density(self, residual: Tensor) -> Tensor:
         return _log_density(residual, self.cholesky, self.valid.sum(1))
 
+    def variances(self) -> Tensor:
+        return self.covariance.diagonal() - self._explained().square().sum(1)
+
+    def covariances(self) -> Tensor:
+        explained = self._explained()
+        return self.covariance - explained.mT @ explained
+
+    def _explained(self) -> Tensor:
+        seen = self.covariance[self.order] * self.valid.unsqueeze(2)
+        white: Tensor = torch.linalg.solve_triangular(self.cholesky, seen, upper=False)
+        return white
+
 
 class _DenseSystem:
     """G_i for operators that are given as one dense matrix per sample."""
@@ -141,6 +162,18 @@ class _DenseSystem:
             residual, self.cholesky, torch.full_like(residual[:, 0], residual.shape[1])
         )
 
+    def variances(self) -> Tensor:
+        return self.covariance.diagonal() - self._explained().square().sum(1)
+
+    def covariances(self) -> Tensor:
+        explained = self._explained()
+        return self.covariance - explained.mT @ explained
+
+    def _explained(self) -> Tensor:
+        seen = self.matrix @ self.covariance
+        white: Tensor = torch.linalg.solve_triangular(self.cholesky, seen, upper=False)
+        return white
+
 
 class _SharedSystem:
     """G for an operator that is the same for all samples: one factorization serves all."""
@@ -173,6 +206,16 @@ class _SharedSystem:
         constant = log_det + residual.shape[1] * math.log(2 * math.pi)
         density: Tensor = -0.5 * (white.square().sum(0) + constant)
         return density
+
+    def variances(self) -> Tensor:
+        return self.covariances().diagonal(dim1=1, dim2=2)
+
+    def covariances(self) -> Tensor:
+        white = torch.linalg.solve_triangular(
+            self.cholesky, self.matrix @ self.covariance, upper=False
+        )
+        left: Tensor = self.covariance - white.mT @ white
+        return left.expand(self.count, -1, -1)
 
 
 class FactorSystem:
@@ -224,6 +267,25 @@ class FactorSystem:
         log_det = log_det - torch.where(self.seen > 0, self.precision, 1.0).log().sum(1)
         density: Tensor = -0.5 * (square + log_det + self.seen.sum(1) * math.log(2 * math.pi))
         return density
+
+    def variances(self) -> Tensor:
+        """Compute diag(C) = d h + h^2 diag(F L^-1 F') with h = 1 - d p, of shape (n, D)."""
+        left = 1 - self.diag * self.precision
+        white = torch.linalg.solve_triangular(
+            self.cholesky, self.factor.mT.expand(len(left), -1, -1), upper=False
+        )
+        variances: Tensor = self.diag * left + left.square() * white.square().sum(1)
+        return variances
+
+    def covariances(self) -> Tensor:
+        """Compute C = diag(d h) + diag(h) F L^-1 F' diag(h), of shape (n, D, D)."""
+        left = 1 - self.diag * self.precision
+        white = torch.linalg.solve_triangular(
+            self.cholesky, self.factor.mT.expand(len(left), -1, -1), upper=False
+        )
+        white = white * left.unsqueeze(1)
+        covariances: Tensor = torch.diag_embed(self.diag * left) + white.mT @ white
+        return covariances
 
 
 class Systems:

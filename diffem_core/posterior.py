@@ -88,7 +88,8 @@ class DiffusionPosterior:
             return estimate
 
         noise = SampleNoise(seeds, device=device, dtype=torch.float32, scale=temperature)
-        x = self.sampler(denoise, noise=noise, shape=self.channel.x_shape)
+        with self.denoiser.cast_once():
+            x = self.sampler(denoise, noise=noise, shape=self.channel.x_shape)
         return self.scaling.to_data(x).to(y.device)
 
 
@@ -142,7 +143,9 @@ class DiffusionPrior:
             return estimate
 
         noise = SampleNoise(seeds, device=device)
-        return self.scaling.to_data(self.sampler(denoise, noise=noise, shape=self.x_shape))
+        with self.denoiser.cast_once():
+            x = self.sampler(denoise, noise=noise, shape=self.x_shape)
+        return self.scaling.to_data(x)
 
 
 class PseudoInverse:

@@ -2,7 +2,8 @@
 
 With every parameter a view of one buffer, clipping, Adam and the moving average are about a dozen
 operations on long vectors, whatever the number of parameters; for small networks that is most of
-what a step costs beside the network.
+what a step costs beside the network. For large ones these vectors are gone through in parts that
+fit the cache of the processor: each is read from memory once, not a dozen times. No bit changes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 __all__ = ["FlatAdam", "TrainingState"]
 
 _GROUPS = ("weights", "ema", "adam_m", "adam_v")
+_PART = 2**18  # Values: the five buffers' parts stay in the processor's cache between operations.
 
 
 class TrainingState:
@@ -147,6 +149,9 @@ class FlatAdam:
         self.ema = self.weights.clone()
         self.adam_m = torch.zeros_like(self.weights)
         self.adam_v = torch.zeros_like(self.weights)
+        part = _PART if first.device.type == "cpu" else size
+        flats = (self.gradient, self.adam_m, self.adam_v, self.weights, self.ema)
+        self._parts = list(zip(*(torch.split(flat, part) for flat in flats), strict=True))
 
     @torch.no_grad()
     def update(self, step: int, learning_rate: float) -> Tensor:
@@ -160,15 +165,16 @@ class FlatAdam:
             The norm of the gradient before clipping, of shape ().
         """
         beta_1, beta_2 = self.betas
-        g = self.gradient
-        norm: Tensor = torch.linalg.vector_norm(g)
-        g.mul_((self.clip_norm / (norm + 1e-12)).clamp_max(1.0))
-        self.adam_m.lerp_(g, 1 - beta_1)
-        self.adam_v.mul_(beta_2).addcmul_(g, g, value=1 - beta_2)
-        denominator = self.adam_v.sqrt().div_(math.sqrt(1 - beta_2**step)).add_(self.eps)
-        self.weights.addcdiv_(self.adam_m, denominator, value=-learning_rate / (1 - beta_1**step))
-        self.ema.lerp_(self.weights, 1 - self.ema_decay)
-        g.zero_()
+        norm: Tensor = torch.linalg.vector_norm(self.gradient)
+        clipping = (self.clip_norm / (norm + 1e-12)).clamp_max(1.0)
+        for g, m, v, w, w_ema in self._parts:
+            g.mul_(clipping)
+            m.lerp_(g, 1 - beta_1)
+            v.mul_(beta_2).addcmul_(g, g, value=1 - beta_2)
+            denominator = v.sqrt().div_(math.sqrt(1 - beta_2**step)).add_(self.eps)
+            w.addcdiv_(m, denominator, value=-learning_rate / (1 - beta_1**step))
+            w_ema.lerp_(w, 1 - self.ema_decay)
+            g.zero_()
         return norm
 
     def groups(self) -> dict[str, dict[str, Tensor]]:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffem_core.networks.casting import cast_copy, in_float32
 from diffem_core.networks.embedding import SinusoidalEmbedding
 
 __all__ = ["MLP"]
@@ -27,6 +28,7 @@ class MLP(nn.Module):
         hidden: Width of each hidden layer.
         embedding: Features of the noise level, even.
         normalize: Whether hidden layers are normalized.
+        zero_output: Whether the network begins as 0, whatever it is shown.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class MLP(nn.Module):
         hidden: Sequence[int] = (256, 256, 256),
         embedding: int = 64,
         normalize: bool = True,
+        zero_output: bool = False,
     ) -> None:
         super().__init__()
         if not hidden:
@@ -47,6 +50,9 @@ class MLP(nn.Module):
         widths = (features + embedding + condition_features, *hidden)
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.output = nn.Linear(widths[-1], features)
+        if zero_output:
+            nn.init.zeros_(self.output.weight)
+            nn.init.zeros_(self.output.bias)
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | None = None) -> Tensor:
         """Map vectors to vectors.
@@ -71,10 +77,14 @@ class MLP(nn.Module):
         inputs = [x, self.embed(c_noise).expand(len(x), -1)]
         if condition is not None:
             inputs.append(condition)
-        h = torch.cat(inputs, dim=-1)
-        for layer in self.hidden:
-            h = F.silu(layer(h))
+        h = in_float32(self.hidden[0], torch.cat(inputs, dim=-1))
+        for index, layer in enumerate(self.hidden):
+            h = F.silu(layer(h) if index else h)
             if self.normalize:
                 h = F.layer_norm(h, h.shape[-1:])
         out: Tensor = self.output(h)
         return out
+
+    def cast(self, dtype: torch.dtype) -> MLP:
+        """Return a copy whose weights have the type in which autocast would compute with them."""
+        return cast_copy(self, dtype, (nn.Linear,), keep=self.hidden[0])

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffem_core.networks.casting import cast_copy, in_float32
 from diffem_core.networks.dropout import Dropout
 from diffem_core.networks.embedding import SinusoidalEmbedding
 
@@ -114,15 +115,14 @@ class UNet(nn.Module):
             ValueError: The condition does not fit the network, or H or W is not a multiple of
                 2^(levels - 1).
         """
-        h = self._input(x, condition)
+        h = in_float32(self.enter[0], self._input(x, condition))
         features = self.embed(c_noise)
         levels = [cast(_Level, level) for level in self.levels]
         modulations = [level.modulate(features) for level in levels]
         skips: list[Tensor] = []
         for index, level in enumerate(levels):
-            h = self.enter[index](h)
             if index > 0:
-                h = _normalize(h)
+                h = _normalize(self.enter[index](h))
             h = level.descend(h, modulations[index])
             skips.append(h)
         for index in reversed(range(len(levels))):
@@ -132,6 +132,10 @@ class UNet(nn.Module):
             h = levels[index].ascend(h, modulations[index])
         out: Tensor = self.leave(h)
         return out
+
+    def cast(self, dtype: torch.dtype) -> UNet:
+        """Return a copy whose weights have the type in which autocast would compute with them."""
+        return cast_copy(self, dtype, (nn.Conv2d, nn.Linear, _Modulation), keep=self.enter[0])
 
     def _input(self, x: Tensor, condition: Tensor | None) -> Tensor:
         received = 0 if condition is None else condition.shape[1]
@@ -244,11 +248,17 @@ class _AttentionBranch(nn.Module):
             layer(pixels).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
         )
-        mixed = (
-            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, height * width, c)
-        )
+        mixed = _attend(q, k, v).transpose(1, 2).reshape(n, height * width, c)
         out: Tensor = self.output(mixed)
         return out.reshape(n, height, width, c).permute(0, 3, 1, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad:
+        # PyTorch's fused attention goes back slowly on processors. The weights stay float32.
+        weights = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1, dtype=torch.float32)
+        return weights.to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def _normalize(x: Tensor) -> Tensor:

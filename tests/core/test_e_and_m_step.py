@@ -202,6 +202,13 @@ def test_losses_are_those_of_the_steps() -> None:
     assert len(set(losses)) == 12
 
 
+def test_a_batch_copies_its_own_rows_alone() -> None:
+    batches = Batches(100_000, 64, seed=3)
+    # The second step, and one that ends a pass and begins the next.
+    for step in (1, 100_000 // 64):
+        assert batches.rows(step).untyped_storage().nbytes() == 64 * 8
+
+
 def test_batches_go_through_all_samples_at_each_pass() -> None:
     batches = Batches(10, 4, seed=3)
     rows = [batches.rows(k) for k in range(15)]
