@@ -113,6 +113,11 @@ class DigitClassifier(nn.Module):
         return torch.cat(parts)
 
     @torch.inference_mode()
+    def logits(self, x: Tensor) -> Tensor:
+        """Compute logits, of shape (n, classes), of many images in the data's units."""
+        return torch.cat([self(part) for part in torch.split(x, 1024)])
+
+    @torch.inference_mode()
     def accuracy(self, x: Tensor, labels: Tensor) -> float:
         """Compute the fraction of images that are classified as labelled."""
         guesses = torch.cat([self(part).argmax(1) for part in torch.split(x, 1024)])

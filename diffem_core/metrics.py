@@ -25,7 +25,15 @@ __all__ = [
 
 
 def rmse(x_hat: Tensor, x: Tensor) -> float:
-    """Compute the root of the mean squared error over all entries."""
+    """Compute the root of the mean squared error over all entries.
+
+    Arguments:
+        x_hat: Estimates, of any shape.
+        x: The truth, of the same shape.
+
+    Returns:
+        The error, in the units of both.
+    """
     _same_shape(x_hat, x)
     return math.sqrt(float((x_hat.double() - x.double()).square().mean()))
 

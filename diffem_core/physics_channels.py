@@ -186,7 +186,15 @@ class PhysicsChannel(Channel):
 
 
 def denoising(x_shape: Sequence[int], *, noise_std: float) -> PhysicsChannel:
-    """Build the channel that adds Gaussian noise only."""
+    """Build the channel that adds Gaussian noise only.
+
+    Arguments:
+        x_shape: Shape (C, H, W) of an image.
+        noise_std: Standard deviation of the noise.
+
+    Returns:
+        The channel; the network sees y.
+    """
     physics = Denoising(noise_model=gaussian_noise(noise_std))
     return PhysicsChannel(physics, x_shape=x_shape, estimate="y")
 
@@ -326,7 +334,15 @@ def accelerated_mri(
 
 
 def poisson(x_shape: Sequence[int], *, gain: float) -> PhysicsChannel:
-    """Build the channel that counts photons: y = gain Poisson(max(x, 0) / gain)."""
+    """Build the channel that counts photons: y = gain Poisson(max(x, 0) / gain).
+
+    Arguments:
+        x_shape: Shape (C, H, W) of an image.
+        gain: Data units per photon, > 0.
+
+    Returns:
+        The channel, which is not linear; the network sees y.
+    """
     if not gain > 0:
         raise ValueError(f"poisson received gain {gain}; it must be positive")
     physics = Denoising(noise_model=PoissonNoise(gain=gain, clip_positive=True))
@@ -336,7 +352,18 @@ def poisson(x_shape: Sequence[int], *, gain: float) -> PhysicsChannel:
 def quantization(
     x_shape: Sequence[int], *, low: float, high: float, levels: int, noise_std: float = 0.0
 ) -> PhysicsChannel:
-    """Build the channel that adds noise, clips to [low, high] and rounds to even levels."""
+    """Build the channel that adds noise, clips to [low, high] and rounds to even levels.
+
+    Arguments:
+        x_shape: Shape (C, H, W) of an image.
+        low: Smallest value that comes out, in the data's units.
+        high: Largest value that comes out.
+        levels: Number of levels, at least 2.
+        noise_std: Standard deviation of the noise before the rounding.
+
+    Returns:
+        The channel, which is not linear; the network sees y.
+    """
     if levels < 2 or not low < high:
         raise ValueError(
             f"quantization received {levels} levels from {low} to {high}; give >= 2 levels, low < "
@@ -352,7 +379,17 @@ def quantization(
 
 
 def jpeg(x_shape: Sequence[int], *, quality: int, low: float, high: float) -> PhysicsChannel:
-    """Build the channel that saves as JPEG, with [low, high] as 0 to 255, and reads again."""
+    """Build the channel that saves as JPEG, with [low, high] as 0 to 255, and reads again.
+
+    Arguments:
+        x_shape: Shape (C, H, W) of an image.
+        quality: JPEG's quality, 1 to 100.
+        low: Value that is saved as 0, in the data's units.
+        high: Value that is saved as 255.
+
+    Returns:
+        The channel, which is not linear; the network sees y.
+    """
     if x_shape[0] not in (1, 3) or not 1 <= quality <= 100:
         raise ValueError(
             f"jpeg received images of {x_shape[0]} bands and quality {quality}; give 1 or 3 bands "

@@ -13,7 +13,14 @@ __all__ = ["constant_rate", "cosine_rate", "linear_rate"]
 
 
 def constant_rate(value: float) -> Callable[[int], float]:
-    """Return the rate that is `value` at every step."""
+    """Return the rate that is `value` at every step.
+
+    Arguments:
+        value: The rate.
+
+    Returns:
+        The learning rate by step, from 0.
+    """
     return lambda step: value
 
 

@@ -26,14 +26,18 @@ from prefect.artifacts import (
 from prefect.logging import get_run_logger
 
 from pipelines.progress import Advance, Reporter, reporter, use_reporter
-from pipelines.status import RunStatus, StepStatus, read_status
+from pipelines.stages.reporting import REPORT
+from pipelines.status import CEILING, RunStatus, StepStatus, read_status
 from storage_schemas.objects import redact_url
 from storage_schemas.run_store import RunStore
 
-__all__ = ["show_iteration", "showing_progress"]
+__all__ = ["show_iteration", "show_report", "showing_progress"]
 
 _SECONDS = 3.0  # between updates of a bar
+_GONE_SECONDS = 600.0  # in which a server that could not be reached is not asked again
 _PICTURE_BYTES = 400_000  # larger events are refused by the server
+
+_gone_until = 0.0
 
 
 @contextmanager
@@ -110,6 +114,24 @@ def show_iteration(run_url: str, iteration: int) -> None:
     _show_history(status)
 
 
+def show_report(store: RunStore) -> None:
+    """Show where the report of a run lies, as a link."""
+    name, url = store.config.name, f"{store.address}/{REPORT}"
+    local = store.objects.local_path
+    shown = redact_url(url if local is None else (local / REPORT).resolve().as_uri())
+    text = (
+        f"# {name}: report\n\n[{REPORT}]({shown})\n\n"
+        "One page with all numbers, pictures and a verdict in words. A browser that does not "
+        f"follow the link opens its address, on a machine that reaches it: `{shown}`. "
+        f"`diffem report {redact_url(store.address)}` writes it anew."
+    )
+    _try(
+        lambda: create_markdown_artifact(
+            markdown=text, key=_key(f"{name}-report"), description=f"{name}: the report"
+        )
+    )
+
+
 def _show_history(status: RunStatus) -> None:
     steps = [step for step in (status.start, *status.history) if step.state == "complete"]
     names = [name for name in steps[-1].metrics if not name.endswith(("_floor", "_clean"))]
@@ -134,6 +156,8 @@ def _in_words(
 ) -> str:
     name = "start" if before.iteration is None else f"{before.iteration:03d}"
     lines = [f"# {status.name}, EM iteration {step.iteration:03d} of {status.iterations}", ""]
+    if status.method == "clean":
+        lines += [f"**{CEILING.capitalize()}.**", ""]
     if picture is not None:
         lines += [f"![Held-out observations, restored]({_data_uri(picture)})", ""]
     lines += [f"| | {name} | {step.iteration:03d} | better |", "|---|---|---|---|"]
@@ -176,8 +200,17 @@ def _key(text: str) -> str:
 
 
 def _try(action: Callable[[], Any]) -> Any:
+    """Show something, or leave it out; whoever works does not wait for a server that is gone.
+
+    Prefect asks such a server again for a minute; so nobody asks it for a while after that.
+    """
+    global _gone_until
+    if time.monotonic() < _gone_until:
+        return None
     try:
         return action()
     except (httpx.HTTPError, OSError) as error:
+        if isinstance(error, httpx.TransportError):
+            _gone_until = time.monotonic() + _GONE_SECONDS
         get_run_logger().warning("an artifact was left out: %s", error)
         return None

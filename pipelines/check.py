@@ -79,6 +79,7 @@ def check_config(config: RunConfig) -> None:
     channel = build.build_conditioning_channel(config, channel, build.stand_in_prior(channel))
     condition = channel.condition(y, params, scaling)
     build.check_monitors(config.evaluation, channel, scaling, y, params)
+    build.check_set_metrics(config.evaluation, channel.x_shape, scaling)
     if not torch.isfinite(condition).all():
         raise ValueError(
             "condition: what the network would see is not finite; check channel and "

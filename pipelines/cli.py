@@ -7,10 +7,13 @@ imported inside the commands that use them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import typer
 
 from pipelines.commands.bench import bench
 from pipelines.commands.check import check
+from pipelines.commands.compare import compare
 from pipelines.commands.export import export
 from pipelines.commands.ingest import ingest
 from pipelines.commands.reconstruct import reconstruct
@@ -31,7 +34,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _command in (run, check, serve, status, report, verify, ingest, reconstruct, sample, export):
+_COMMANDS: tuple[Callable[..., None], ...] = (
+    run,
+    check,
+    compare,
+    serve,
+    status,
+    report,
+    verify,
+    ingest,
+    reconstruct,
+    sample,
+    export,
+)
+for _command in _COMMANDS:
     app.command()(_command)
 app.add_typer(bench)
 

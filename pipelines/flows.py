@@ -54,6 +54,7 @@ from pipelines.runners.choice import (
     trains_from_here,
 )
 from pipelines.signals import PATIENCE
+from pipelines.trackers import tracking
 from storage_schemas.config import BudgetStop, RunConfig, StoreData
 from storage_schemas.lease import RunLease
 from storage_schemas.redaction import without_secrets
@@ -127,6 +128,9 @@ task_follow = _always(stages.follow_observations, "new observations")
 task_start = _always(stages.fit_start, "start")
 task_commit = _always(stages.commit_iteration, "commit")
 task_prior = _always(stages.fit_prior, "prior")
+task_report = task(
+    name="report", task_run_name="report", cache_policy=NO_CACHE, persist_result=False
+)(stages.write_report)
 # A retried flow run matches its subflows by the order of the calls, so it has to make the same
 # calls as before.
 task_first_unfinished = task(
@@ -327,6 +331,7 @@ def advance_run(
         stack.enter_context(open_runner(config.runner))
         options = _options(store)
         direct = _without_storage(options)
+        track = stack.enter_context(tracking(store))
         try:
             check = _wait(task_recover.with_options(**direct), run_url)
             _wait(task_observations.with_options(**direct), run_url)
@@ -341,6 +346,7 @@ def advance_run(
             reason = f"{last} of {config.iterations} EM iterations, as many as one flow run does"
             follows = isinstance(config.data, StoreData) and config.data.follow
             decision = _decision(run_url, config)
+            track()
             for iteration in range(first, last):
                 if decision["stop"]:
                     break
@@ -354,6 +360,7 @@ def advance_run(
                 if follows:
                     _wait(task_follow.with_options(**direct), run_url)
                 done[str(iteration)] = _run_iteration(run_url, iteration, config, options)
+                track()
                 decision = _decision(run_url, config)
             complete = last == config.iterations or decision["stop"]
             if decision["stop"]:
@@ -362,6 +369,9 @@ def advance_run(
             prior: Json = {}
             if complete and config.prior is not None:
                 prior = _wait(task_prior.with_options(**direct), run_url)
+                track()
+            if done and has_server():
+                _report(store)
         except cancellation.Cancelled as asked:
             raise CancelledRun(str(asked)) from asked
         except (KeyboardInterrupt, TerminationSignal):
@@ -375,6 +385,17 @@ def advance_run(
         "iterations": done,
         "prior_reused": bool(prior.get("reused")),
     }
+
+
+def _report(store: RunStore) -> None:
+    """Write the report that the UI links to; without one a run is none the worse."""
+    state: Any = task_report(store.address, return_state=True)
+    if state.is_completed():
+        artifacts.show_report(store)
+    else:
+        get_run_logger().warning(
+            "the report was not written (%s); diffem report writes it", state.message
+        )
 
 
 def _decision(run_url: str, config: RunConfig) -> Json:

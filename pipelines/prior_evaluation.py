@@ -17,6 +17,7 @@ from pipelines.evaluation import (
     Truth,
     distance_to_clean,
     divergences,
+    set_metrics,
     spare_observations,
 )
 from storage_schemas.config import EvaluationConfig
@@ -65,6 +66,7 @@ def evaluate_prior(
     truth: Truth | None,
     floors: Mapping[str, Metric],
     seed: int,
+    device: torch.device | str = "cpu",
 ) -> Metrics:
     """Judge samples of a prior.
 
@@ -78,6 +80,7 @@ def evaluate_prior(
         truth: Clean samples, or None where nobody knows them.
         floors: Metrics of the start, whose floors in observation space are taken over.
         seed: Seed of the corruption.
+        device: Where the networks of metrics are put.
 
     Returns:
         The divergence and the monitors between corrupted samples and held-out observations and,
@@ -97,4 +100,14 @@ def evaluate_prior(
     )
     if truth is not None:
         values |= distance_to_clean(samples, truth, truth.training, config, scaling)
+        values |= set_metrics(
+            config.metrics,
+            samples,
+            others=truth.training,
+            everything=truth.training,
+            scaling=scaling,
+            classifier=truth.classifier,
+            seed=derive_seed(seed, "metrics"),
+            device=torch.device(device),
+        )
     return Metrics(values=values)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines.published_curve import published_curve
 from storage_schemas.config import (
     BundledData,
     DataConfig,
@@ -257,8 +258,10 @@ def _block_average(x: NDArray[np.floating], factor: int) -> NDArray[np.float32]:
 
 
 def _manifold(config: ManifoldData, *, seed: int) -> CleanSamples:
-    x = smooth_manifold(config.samples, dimension=5, rng=np.random.default_rng(seed))
-    return CleanSamples(x.astype(np.float32), None, "1", "smooth random curve in R^5")
+    curve = published_curve() if config.curve == "published" else None
+    x = smooth_manifold(config.samples, dimension=5, rng=np.random.default_rng(seed), curve=curve)
+    source = "smooth random curve in R^5" if curve is None else "the published curve in R^5"
+    return CleanSamples(x.astype(np.float32), None, "1", source)
 
 
 def smooth_manifold(
@@ -268,6 +271,7 @@ def smooth_manifold(
     rng: np.random.Generator,
     smoothness: float = 3.0,
     tolerance: float = 1e-3,
+    curve: NDArray[np.float64] | None = None,
 ) -> NDArray[np.float64]:
     """Draw points from a smooth random curve.
 
@@ -280,6 +284,7 @@ def smooth_manifold(
         rng: Source of randomness; the curve is drawn first, then the points.
         smoothness: Exponent of the amplitudes' decay.
         tolerance: Amplitude below which frequencies are left out.
+        curve: `a`, `b` and `c`, of shape (3, D, K); drawn by default.
 
     Returns:
         Points, shape (n, D), in [-2, 2].
@@ -289,7 +294,7 @@ def smooth_manifold(
         manifold.
     """
     k = np.arange(1, math.ceil(tolerance ** (-1 / smoothness)) + 1)
-    a, b, c = rng.uniform(size=(3, dimension, len(k)))
+    a, b, c = rng.uniform(size=(3, dimension, len(k))) if curve is None else curve
     z = rng.uniform(size=(samples, 1, 1))
     x = np.sum(a * k**-smoothness * np.sin(2 * np.pi * (k * b * z + c)), axis=-1)
     low, high = x.min(axis=0), x.max(axis=0)

@@ -12,7 +12,10 @@ from storage_schemas.objects import redact_url
 from storage_schemas.run_store import RunStore
 from storage_schemas.stage_folder import now
 
-__all__ = ["RunStatus", "StepStatus", "read_status"]
+__all__ = ["CEILING", "RunStatus", "StepStatus", "read_status"]
+
+CEILING = "trained on clean samples: a ceiling, not learned from observations"
+"""What is said of every run whose method is `clean`."""
 
 
 class StageStatus(Record):
@@ -50,6 +53,8 @@ class RunStatus(Record):
     """Its name."""
     state: str
     """`complete`, or `incomplete`."""
+    method: str
+    """How it learns: `diffem`, `em-mmps`, or `clean`, which is a ceiling."""
     iterations: int
     """EM iterations that the config asks for."""
     complete: int
@@ -114,6 +119,7 @@ def read_status(store: RunStore) -> RunStatus:
         run=redact_url(store.url),
         name=store.config.name,
         state="complete" if done else "incomplete",
+        method=store.config.method,
         iterations=store.config.iterations,
         complete=len(completed),
         config_digest=store.manifest.config_digest,

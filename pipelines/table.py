@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.status import RunStatus, StepStatus
+from pipelines.status import CEILING, RunStatus, StepStatus
 from storage_schemas._base import Record
 
 if TYPE_CHECKING:
@@ -132,7 +132,8 @@ def _print_history(
     shown = [c for c in _COLUMNS if any(c[0] in step.metrics for step in steps)]
     if any("hidden_rmse_mean" in step.metrics for step in steps):
         shown = [c for c in shown if c[0] not in {"rmse_sample", "rmse_mean"}]
-    table = Table(box=box.SIMPLE_HEAD, title=f"{status.name}: EM history", title_justify="left")
+    title = f"{status.name}: {CEILING if status.method == 'clean' else 'EM history'}"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     table.add_column("iteration")
     for _, heading, _ in shown:
         table.add_column(heading, justify="right", no_wrap=True)

@@ -42,6 +42,12 @@ Rows = slice | NDArray[np.int64] | None
 FOLDER = "observations.zarr"
 SEAL = "observations.json"
 
+# Ids of more observations than this are kept, of so many stores and splits: each shard asks for
+# its own, and reading all of them for every shard would grow with the square of their number.
+_FEW = 2**16
+_INDEXES = 4
+_indexes: dict[tuple[object, ...], tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+
 
 @dataclass(frozen=True)
 class ObservationBlock:
@@ -274,13 +280,8 @@ class Observations:
         self._objects = objects
         self.manifest = manifest
         self._metadata: dict[str, bytes] = {}
-        everyone = np.arange(manifest.samples)
-        sample = self._read("sample", everyone)
-        if split is None:
-            self._rows = everyone
-        else:
-            self._rows = np.flatnonzero(self._read("split", everyone) == (split == "holdout"))
-        self.sample_ids: NDArray[np.int64] = sample[self._rows]
+        self._rows, ids = self._index(split)
+        self.sample_ids: NDArray[np.int64] = ids
         """Original ids, shape (n,)."""
 
     def __len__(self) -> int:
@@ -324,6 +325,28 @@ class Observations:
     def labels(self, rows: Rows = None) -> NDArray[Any] | None:
         """Return classes, shape (n,), or None: for evaluation only."""
         return self._read("truth/label", self._selected(rows)) if self.manifest.labels else None
+
+    def _index(self, split: Split | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the rows of a split and their ids: of many, once a process, not once a shard."""
+        names = [f"{FOLDER}/{name}/c/0" for name in ("sample", "split")]
+        records = [self.manifest.objects.get(name) for name in names]
+        key = (self._objects.url, split, *(record and record.sha256 for record in records))
+        many = self.manifest.samples > _FEW
+        if many and key in _indexes:
+            return _indexes[key]
+        everyone = np.arange(self.manifest.samples)
+        sample = self._read("sample", everyone)
+        rows = everyone
+        if split is not None:
+            rows = np.flatnonzero(self._read("split", everyone) == (split == "holdout"))
+        found = rows, sample[rows]
+        if many:
+            for array in found:
+                array.setflags(write=False)
+            while len(_indexes) >= _INDEXES:
+                _indexes.pop(next(iter(_indexes)), None)
+            _indexes[key] = found
+        return found
 
     def _selected(self, rows: Rows) -> NDArray[np.int64]:
         return self._rows if rows is None else self._rows[rows]

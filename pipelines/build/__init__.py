@@ -9,6 +9,7 @@ from pipelines.build.channel import (
     resamples_operators,
     stand_in_prior,
 )
+from pipelines.build.features import build_lpips, build_set_features, check_set_metrics
 from pipelines.build.model import build_denoiser, build_schedule, build_times
 from pipelines.build.monitors import build_features, build_stop_rule, check_monitors
 from pipelines.build.sampling import (
@@ -41,6 +42,7 @@ __all__ = [
     "build_features",
     "build_grid",
     "build_learning_rate",
+    "build_lpips",
     "build_posterior",
     "build_prior",
     "build_rate",
@@ -48,11 +50,13 @@ __all__ = [
     "build_sampler",
     "build_scaling",
     "build_schedule",
+    "build_set_features",
     "build_stop_rule",
     "build_temperature",
     "build_times",
     "build_validation",
     "check_monitors",
+    "check_set_metrics",
     "cov_x_rank",
     "m_step_length",
     "network_calls",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffem_core.channel import Channel, RandomMask, RandomMatrix
 from diffem_core.deepinv_channels import deepinv_channel
-from diffem_core.gaussian_condition import GaussianMeanChannel
+from diffem_core.gaussian_condition import GaussianMeanChannel, GaussianPosteriorChannel
 from diffem_core.gaussian_prior import GaussianPrior
 from diffem_core.observed_operators import with_observed_operators
 from diffem_core.physics_channels import (
@@ -128,12 +128,17 @@ def build_conditioning_channel(
     Arguments:
         config: The run's config.
         channel: The channel that corrupts.
-        prior: The Gaussian prior of the start, for `condition: gaussian_mean`.
+        prior: The Gaussian prior of the start, for the conditions that it serves.
+
+    Raises:
+        ValueError: The channel does not fit the condition.
     """
     if config.condition == "observation":
         return channel
-    assert prior is not None, "gaussian_mean comes with a Gaussian start"
-    return GaussianMeanChannel(channel, prior)
+    assert prior is not None, "these conditions come with a Gaussian start"
+    if config.condition == "gaussian_mean":
+        return GaussianMeanChannel(channel, prior)
+    return GaussianPosteriorChannel(channel, prior)
 
 
 def stand_in_prior(channel: Channel) -> GaussianPrior:

@@ -9,6 +9,7 @@ import torch
 
 from diffem_core.channel import Channel
 from diffem_core.denoiser import Denoiser
+from diffem_core.gaussian_condition import GaussianPosteriorChannel
 from diffem_core.networks.diffusers_unet import DiffusersUNet
 from diffem_core.networks.mlp import MLP
 from diffem_core.networks.unet import UNet
@@ -73,14 +74,30 @@ def build_denoiser(
         ValueError: The network does not fit the samples, or names what does not exist.
     """
     condition_channels = channel.condition_channels if conditional else 0
+    preconditioning = None
+    if conditional and isinstance(channel, GaussianPosteriorChannel):
+        preconditioning = channel.preconditioning
     with seeded_initialization(derive_seed(config.seed, "network")):
-        network = _network(config.network, channel.x_shape, condition_channels)
-    return Denoiser(network, precision=_PRECISIONS[config.precision]).to(device)
+        network = _network(
+            config.network,
+            channel.x_shape,
+            condition_channels,
+            zero_output=preconditioning is not None,
+        )
+    denoiser = Denoiser(
+        network, precision=_PRECISIONS[config.precision], preconditioning=preconditioning
+    )
+    return denoiser.to(device)
 
 
 def _network(
-    config: models.NetworkConfig, x_shape: tuple[int, ...], condition_channels: int
+    config: models.NetworkConfig,
+    x_shape: tuple[int, ...],
+    condition_channels: int,
+    *,
+    zero_output: bool,
 ) -> torch.nn.Module:
+    """Build the network; the U-Net begins as 0 anyway."""
     match config:
         case models.UnetNetwork():
             return UNet(
@@ -99,6 +116,7 @@ def _network(
                 condition_features=condition_channels,
                 hidden=config.hidden,
                 embedding=config.embedding,
+                zero_output=zero_output,
             )
         case models.DiffusersNetwork():
             return DiffusersUNet(x_shape, condition_channels, config.arguments)

@@ -20,6 +20,7 @@ from diffem_core.metrics import (
     sliced_image_distance,
 )
 from diffem_core.scaling import Scaling
+from pipelines.evaluation.chosen import likenesses, set_metrics
 from pipelines.evaluation.metric import as_metric, finite
 from pipelines.evaluation.samples import Observed, Truth, spread
 from storage_schemas.config import (
@@ -30,7 +31,7 @@ from storage_schemas.config import (
 )
 from storage_schemas.metrics import Metric
 
-__all__ = ["calibrations", "distance_to_clean", "distances", "errors"]
+__all__ = ["calibrations", "chosen_metrics", "distance_to_clean", "distances", "errors"]
 
 
 def errors(
@@ -170,6 +171,37 @@ def distances(
     if isinstance(config.distance, FrechetDistance):
         found |= _accuracies(draws, truth, floors)
     return found
+
+
+def chosen_metrics(
+    reconstructions: Tensor,
+    draws: Tensor,
+    truth: Truth,
+    rows: Tensor,
+    floors: Mapping[str, Metric] | None,
+    config: EvaluationConfig,
+    scaling: Scaling,
+    seed: int,
+    device: torch.device,
+) -> dict[str, Metric]:
+    """Measure what `evaluation.metrics` names, with the same care as `distances`."""
+    if not config.metrics:
+        return {}
+    others = torch.ones(len(truth.training), dtype=torch.bool)
+    others[rows] = False
+    return likenesses(
+        config.metrics, draws, truth.holdout, scaling=scaling, device=device
+    ) | set_metrics(
+        config.metrics,
+        reconstructions,
+        others=truth.training[others],
+        everything=truth.training,
+        scaling=scaling,
+        classifier=truth.classifier,
+        seed=seed,
+        same=truth.training[rows] if floors is None else None,
+        device=device,
+    )
 
 
 def distance_to_clean(

@@ -12,7 +12,7 @@ from diffem_core.e_step import e_step
 from diffem_core.posterior import Posterior
 from diffem_core.scaling import Scaling
 from diffem_core.seeds import derive_seed
-from pipelines.evaluation.against_truth import calibrations, distances, errors
+from pipelines.evaluation.against_truth import calibrations, chosen_metrics, distances, errors
 from pipelines.evaluation.health import health
 from pipelines.evaluation.observation_space import divergences, recorrupted
 from pipelines.evaluation.samples import Evaluation, Observed, Truth, spread
@@ -45,6 +45,7 @@ def evaluate(
     seed: int,
     batch_size: int,
     on_progress: Callable[[int], None] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Evaluation:
     """Judge a posterior.
 
@@ -62,6 +63,7 @@ def evaluate(
         seed: Seed of all draws of this evaluation.
         batch_size: Observations per call of the posterior.
         on_progress: Called with the number of samples just drawn.
+        device: Where the networks of metrics are put.
 
     Returns:
         The metrics and the samples behind them.
@@ -109,6 +111,10 @@ def evaluate(
         values |= errors(draws, truth, channel, scaling, holdout)
         values |= calibrations(draws, truth, channel, holdout, derive_seed(seed, "calibration"))
         values |= distances(reconstructions, draws, truth, rows, floors, config, scaling)
+        key, on = derive_seed(seed, "metrics"), torch.device(device)
+        values |= chosen_metrics(
+            reconstructions, draws, truth, rows, floors, config, scaling, key, on
+        )
     return Evaluation(metrics=Metrics(values=values), draws=draws, reconstructions=reconstructions)
 
 

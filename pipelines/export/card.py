@@ -88,8 +88,7 @@ def card(subject: Subject, format_: str, description: dict[str, Any], licence: s
         "---",
         f"# {config.name}: {what}",
         "",
-        f"{config.description or config.name}. Learned from corrupted observations alone by "
-        f"{_method(config.method)} (arXiv 2510.12691): {learned}.",
+        f"{config.description or config.name}. {_method(config.method)}: {learned}.",
         "",
         "## Data",
         "",
@@ -103,7 +102,9 @@ def card(subject: Subject, format_: str, description: dict[str, Any], licence: s
         ),
         "- clean samples "
         + (
-            "were known, and used for evaluation only"
+            "**are what it learned from**"
+            if config.method == "clean"
+            else "were known, and used for evaluation only"
             if manifest.truth
             else "were not known to anyone"
         ),
@@ -137,7 +138,14 @@ def card(subject: Subject, format_: str, description: dict[str, Any], licence: s
 
 
 def _method(method: str) -> str:
-    return "DiffEM" if method == "diffem" else "EM-MMPS"
+    """Say in words what it learned from."""
+    if method == "clean":
+        return (
+            "**A ceiling: trained on clean samples**, with which models that learn from "
+            "observations are compared"
+        )
+    name = "DiffEM" if method == "diffem" else "EM-MMPS"
+    return f"Learned from corrupted observations alone by {name} (arXiv 2510.12691)"
 
 
 def _source(source: str) -> str:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffem_core.channel import Channel, RandomMask, RandomMatrix
-from diffem_core.gaussian_condition import GaussianMeanChannel
+from diffem_core.denoiser import Denoiser
+from diffem_core.gaussian_condition import GaussianMeanChannel, GaussianPosteriorChannel
 from diffem_core.physics_channels import PhysicsChannel
+from diffem_core.preconditioning import FactorPreconditioning, MomentsPreconditioning
 from pipelines import build
 from pipelines.export.subject import Subject
 from storage_schemas.manifests import ObjectRecord
@@ -52,12 +54,8 @@ def describe(
         "denoiser": {
             "estimates": "E[x | x_t, y], x_t = x + sigma_t z, all in network units",
             "inputs": ["x_t", "sigma_t", *(["condition"] if subject.condition_channels else [])],
-            "f": "c_skip x_t + c_out F(c_in x_t, c_noise, condition)",
-            "c_skip": "sigma_data^2 / (sigma_t^2 + sigma_data^2)",
-            "c_out": "sigma_t sigma_data / sqrt(sigma_t^2 + sigma_data^2)",
-            "c_in": "1 / sqrt(sigma_t^2 + sigma_data^2)",
+            **_preconditioning(subject.denoiser),
             "c_noise": "log(sigma_t)",
-            "sigma_data": subject.denoiser.sigma_data,
             "trained_in": config.precision,
         },
         "network": {
@@ -71,6 +69,33 @@ def describe(
         "files": {
             path: ObjectRecord.of(files[path]).model_dump(mode="json") for path in sorted(files)
         },
+    }
+
+
+def _preconditioning(denoiser: Denoiser) -> dict[str, Any]:
+    """Say what surrounds the network."""
+    match denoiser.preconditioning:
+        case MomentsPreconditioning():
+            return {
+                "f": "m + c_skip (x_t - m) + c_out F(c_in (x_t - m), c_noise, condition)",
+                "m, s": "the posterior mean and standard deviation that the condition ends with",
+                "c_skip": "s^2 / (sigma_t^2 + s^2)",
+                "c_out": "sigma_t s / sqrt(sigma_t^2 + s^2)",
+                "c_in": "1 / sqrt(sigma_t^2 + s^2)",
+            }
+        case FactorPreconditioning():
+            return {
+                "f": "g + sigma_t K R'^-1 F(g, c_noise, condition)",
+                "g": "m + K R'^-1 R^-1 K' (x_t - m)",
+                "m, K": "the posterior mean and the factor that the condition ends with",
+                "R": "the Cholesky factor of K' K + sigma_t^2 I",
+            }
+    return {
+        "f": "c_skip x_t + c_out F(c_in x_t, c_noise, condition)",
+        "c_skip": "sigma_data^2 / (sigma_t^2 + sigma_data^2)",
+        "c_out": "sigma_t sigma_data / sqrt(sigma_t^2 + sigma_data^2)",
+        "c_in": "1 / sqrt(sigma_t^2 + sigma_data^2)",
+        "sigma_data": denoiser.sigma_data,
     }
 
 
@@ -89,6 +114,15 @@ def describe_condition(subject: Subject) -> dict[str, Any] | None:
 def _seen(channel: Channel) -> str:
     """Say what a channel's `condition` holds, band by band."""
     match channel:
+        case GaussianPosteriorChannel():
+            spread = "a triangular factor K of its covariance, K K', row by row"
+            if not channel.whole:
+                spread = "its standard deviation"
+            return (
+                f"{_seen(channel.channel)}; then the posterior mean m of x and {spread}, in "
+                "network units, under N(mean, factor factor' + diag) of "
+                "gaussian_prior.safetensors (data units)"
+            )
         case GaussianMeanChannel():
             return (
                 f"{_seen(channel.channel)}; then the posterior mean of x, in network units, under "

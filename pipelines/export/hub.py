@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffem_core.networks.diffusers_unet import DiffusersUNet
+from diffem_core.preconditioning import EDMPreconditioning
 from pipelines import build
 from pipelines.export.subject import Subject
 from storage_schemas.config import KarrasGrid
@@ -21,7 +22,7 @@ def require_hub(subject: Subject) -> None:
     """Refuse networks that diffusers does not know.
 
     Raises:
-        ValueError: The network is another than diffusers' own.
+        ValueError: The network is another than diffusers' own, or preconditioned otherwise.
     """
     if not isinstance(subject.denoiser.network, DiffusersUNet):
         kind = subject.run.config.network.kind
@@ -30,6 +31,12 @@ def require_hub(subject: Subject) -> None:
             f"--format diffusers needs a network of diffusers but network.kind is {kind!r}{why}; "
             "take --format safetensors, torch-export or onnx, or train a run with network.kind: "
             "diffusers"
+        )
+    if not isinstance(subject.denoiser.preconditioning, EDMPreconditioning):
+        raise ValueError(
+            "--format diffusers needs EDM's preconditioning, which its scheduler does, but this "
+            "denoiser is built around a Gaussian posterior (condition: gaussian_posterior); take "
+            "--format safetensors, torch-export or onnx"
         )
 
 

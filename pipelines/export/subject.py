@@ -90,7 +90,7 @@ def choose_subject(run: Run, what: What, iteration: int | Literal["best"] = -1) 
         denoiser = bench.denoiser(weights)
         channels = bench.conditioning_channel.condition_channels
         metrics = chosen.metrics
-        if run.config.condition == "gaussian_mean":
+        if run.config.condition != "observation":
             gaussian_prior = store.start().read_tensors("model")[0]
     else:
         if iteration != -1:

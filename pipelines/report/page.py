@@ -104,6 +104,8 @@ def _text(name: str) -> str:
 
 def _chip(report: Report) -> dict[str, str]:
     status = report.status
+    if status.method == "clean":
+        return {"kind": "caution", "text": "ceiling: clean samples"}
     if status.stopped is not None:
         return {"kind": "good", "text": f"stopped after {status.complete} iterations"}
     if status.state == "complete":
@@ -260,6 +262,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("diffem", made.code_version),
         ("Python", made.python),
         ("platform", made.platform),
+        ("method", report.status.method),
         ("config digest", report.status.config_digest),
     ]
     seal = report.observations
@@ -267,7 +270,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         facts.append(("observations", f"{seal.samples:,}"))
         facts.append(("clean sample", " × ".join(map(str, seal.x_shape))))
         facts.append(("observation", " × ".join(map(str, seal.y_shape))))
-        facts.append(("truth", "known, for evaluation only" if seal.truth else "not known"))
+        used = "learned from" if report.status.method == "clean" else "for evaluation only"
+        facts.append(("truth", f"known, {used}" if seal.truth else "not known"))
         if seal.source:
             facts.append(("source", without_secrets(seal.source)))
     models = [step for step in report.steps if step.model_digest is not None]

@@ -14,6 +14,7 @@ from typing import Literal
 
 from pipelines.report.reading import Report
 from pipelines.report.series import Series, heading
+from pipelines.status import CEILING
 from storage_schemas.metrics import Metric
 
 __all__ = ["Finding", "interval_of", "number", "told", "verdict"]
@@ -86,7 +87,7 @@ def verdict(report: Report, curves: Sequence[Series]) -> list[Finding]:
         said to be unknown where a reader would miss it.
     """
     by_name = {series.name: series for series in curves}
-    found = [_progress(report)]
+    found = [*_ceiling(report), _progress(report)]
     monitor = by_name.get(getattr(report.config.stop, "monitor", "divergence"))
     if monitor is not None and monitor.known:
         found += [_change(monitor), *_floor(monitor)]
@@ -95,6 +96,16 @@ def verdict(report: Report, curves: Sequence[Series]) -> list[Finding]:
     found.append(_calibration(curves))
     found += _truth(by_name)
     return found
+
+
+def _ceiling(report: Report) -> list[Finding]:
+    if report.status.method != "clean":
+        return []
+    text = (
+        f"{CEILING.capitalize()}. Its numbers are what learning from observations is compared "
+        "with; nothing of them was learned from corrupted data."
+    )
+    return [Finding(key="ceiling", kind="caution", title="Not DiffEM", text=text)]
 
 
 def _progress(report: Report) -> Finding:

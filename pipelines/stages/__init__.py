@@ -24,6 +24,7 @@ from pipelines.stages.iterations import (
 from pipelines.stages.observations import prepare_observations
 from pipelines.stages.prior import fit_prior, train_prior
 from pipelines.stages.recovery import first_unfinished_iteration, recover
+from pipelines.stages.reporting import write_report
 from pipelines.stages.start import fit_start
 from pipelines.stages.stopping import decide_stop
 
@@ -46,4 +47,5 @@ __all__ = [
     "recover",
     "refine_model",
     "train_prior",
+    "write_report",
 ]

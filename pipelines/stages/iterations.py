@@ -14,6 +14,7 @@ from pipelines import build, cancellation
 from pipelines.progress import reporter, stage
 from pipelines.runners import distributed
 from pipelines.stages.bench import Bench, Json, as_arrays, observed
+from pipelines.stages.ceiling import CLEAN_ATTRIBUTES, clean_samples, learns_from_clean
 from pipelines.stages.feeding import gathered, spread_rows
 from pipelines.stages.judge import announce, judge
 from pipelines.stages.training import Plan, split_rows, train
@@ -63,6 +64,7 @@ def lay_out_iteration(run_url: str, iteration: int) -> Json:
         seed=bench.seed("e_step", iteration),
         units=observations.manifest.units,
         dtype=bench.config.e_step.stored_as,
+        attributes=CLEAN_ATTRIBUTES if learns_from_clean(bench.config) else None,
     )
     missing = folder.missing_shards(checksum=True)
     return {
@@ -124,7 +126,10 @@ def e_step_shard(
     seeds = [derive_seed(plan.seed, int(sample)) for sample in given.sample_ids]
     x_hat = torch.empty((len(given), *bench.channel.x_shape))
     redrawn = torch.ones(len(given), dtype=torch.bool)
-    if iteration > 0 and config.refresh < 1:
+    if learns_from_clean(bench.config):
+        x_hat.copy_(clean_samples(bench, iteration, rows))
+        redrawn[:] = False
+    elif iteration > 0 and config.refresh < 1:
         before = bench.store.iteration(iteration - 1).read_reconstructions(rows)
         # Observations that have come since have no reconstruction yet.
         x_hat[: len(before)] = torch.from_numpy(before).float()
@@ -197,7 +202,7 @@ def refine_model(
         return {"model_digest": model_digest(run_url, iteration), "reused": False}
     mmps = config.is_mmps(iteration)
     training = bench.store.training(iteration)
-    sample_ids = training.sample_ids.tolist()
+    sample_ids = training.sample_ids
     learned, kept = split_rows(
         sample_ids,
         config.m_step.validation,
@@ -232,6 +237,8 @@ def refine_model(
     if group is not None and group.rank > 0:
         return {}  # The first process writes.
     kind = "unconditional denoiser" if mmps else "conditional denoiser"
+    if learns_from_clean(config):
+        kind += " of clean samples"
     weights = as_arrays(trained.result.weights)
     model = folder.write_tensors("model", weights, {"kind": kind})
     objects = {"model.safetensors": model, "losses.json": trained.losses}

@@ -18,7 +18,7 @@ from pipelines.prior_evaluation import draw_prior, evaluate_prior
 from pipelines.progress import reporter, stage
 from pipelines.stages.bench import Bench, observed
 from pipelines.stages.feeding import spread_rows
-from storage_schemas.config import FrechetDistance
+from storage_schemas.config import EvaluationConfig, FrechetDistance
 from storage_schemas.manifests import (
     IterationManifest,
     ObjectRecord,
@@ -46,7 +46,7 @@ def judge(
     config = bench.config.evaluation
     holdout = observed(bench.store.observations("holdout"))
     training = bench.store.observations("train")
-    others = observed(training, spread_rows(len(training), _POOL))
+    others = observed(training, spread_rows(len(training), _pool(config)))
     truth = _truth(bench)
     start = bench.store.start().manifest()
     total = work_of(config, holdout=len(holdout), others=len(others))
@@ -63,6 +63,7 @@ def judge(
             seed=bench.seed("evaluate"),
             batch_size=bench.config.e_step.batch_size,
             on_progress=advance,
+            device=bench.device,
         )
     objects: dict[str, ObjectRecord] = {"metrics.json": folder.write_metrics(result.metrics)}
     if config.preview:
@@ -76,12 +77,12 @@ def _truth(bench: Bench) -> Truth | None:
     holdout = bench.store.observations("holdout")
     training = bench.store.observations("train")
     x_holdout = holdout.truth()
-    x_training = training.truth(spread_rows(len(training), _POOL))
+    x_training = training.truth(spread_rows(len(training), _pool(bench.config.evaluation)))
     if x_holdout is None or x_training is None:
         return None
     labels = holdout.labels()
     classifier = None
-    if isinstance(bench.config.evaluation.distance, FrechetDistance) and labels is not None:
+    if _wants_classifier(bench) and labels is not None:
         classifier = _classifier(bench.store.url, bench.config.digest)
     return Truth(
         holdout=torch.from_numpy(x_holdout),
@@ -91,13 +92,31 @@ def _truth(bench: Bench) -> Truth | None:
     )
 
 
+def _pool(config: EvaluationConfig) -> int:
+    """Return how many training observations are looked at: as many as are reconstructed, at least.
+
+    They are the same for every evaluation of a run.
+    """
+    return max(_POOL, config.reconstructions)
+
+
+def _wants_classifier(bench: Bench) -> bool:
+    """Tell whether anything is measured by a classifier of clean images, and there can be one."""
+    config = bench.config.evaluation
+    if isinstance(config.distance, FrechetDistance):
+        return True
+    shape = bench.channel.x_shape
+    square = len(shape) == 3 and shape[1] == shape[2] >= 8
+    return square and any(getattr(m, "features", "") == "classifier" for m in config.metrics)
+
+
 @functools.lru_cache(maxsize=2)
 def _classifier(run_url: str, config_digest: str) -> DigitClassifier:
     """Fit the classifier of clean images, once a process: its seed makes it the same in each."""
     store = RunStore.open(run_url)
     assert store.config.digest == config_digest
     training = store.observations("train")
-    rows = spread_rows(len(training), _POOL)
+    rows = spread_rows(len(training), _pool(store.config.evaluation))
     x, labels = training.truth(rows), training.labels(rows)
     assert x is not None
     assert labels is not None
@@ -174,10 +193,11 @@ def judge_prior(
             scaling=bench.scaling,
             config=config.evaluation,
             holdout=observed(bench.store.observations("holdout")),
-            others=observed(training, spread_rows(len(training), _POOL)),
+            others=observed(training, spread_rows(len(training), _pool(config.evaluation))),
             truth=_truth(bench),
             floors={} if start is None or start.metrics is None else start.metrics.values,
             seed=bench.seed("prior", "evaluate"),
+            device=bench.device,
         )
     objects = {"metrics.json": folder.write_metrics(metrics)}
     objects["samples.safetensors"] = folder.write_tensors("samples", {"x": drawn.numpy()})

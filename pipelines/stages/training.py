@@ -172,7 +172,7 @@ def train(
 
 
 def split_rows(
-    sample_ids: Sequence[int],
+    sample_ids: Sequence[int] | NDArray[np.int64],
     config: ValidationConfig | None,
     *,
     seed: int,
@@ -198,7 +198,9 @@ def split_rows(
         rows = range(start, start + n)
         start += n
         if config is not None:
-            order = sorted(rows, key=lambda row: derive_seed(seed, "validation", sample_ids[row]))
+            order = sorted(
+                rows, key=lambda row: derive_seed(seed, "validation", int(sample_ids[row]))
+            )
             kept[order[: min(max(1, round(config.fraction * n)), n - 1)]] = True
     return np.flatnonzero(~kept), np.flatnonzero(kept)
 

@@ -278,6 +278,7 @@ def _attributes(
         "title": "DiffEM reconstructions of new observations",
         "source": incoming.description,
         "run": run.config.name,
+        "method": run.config.method,
         "config_digest": run.store.manifest.config_digest,
         "em_iteration": posterior.iteration,
         "using": posterior.using,

@@ -129,6 +129,9 @@ class Run:
             iteration: Its number; negative numbers count from the last complete one, -1.
                 `best` is the one that a stopping decision names, where the run has one.
 
+        Returns:
+            Its manifest: metrics, digest of the model.
+
         Raises:
             ValueError: There is none.
         """
@@ -159,6 +162,9 @@ class Run:
 
         Arguments:
             iteration: See `iteration`.
+
+        Returns:
+            The posterior, which draws samples and summaries of them.
 
         Raises:
             ValueError: There is no such iteration.
@@ -196,6 +202,9 @@ class Run:
         Arguments:
             channel: A linear channel with Gaussian noise, for samples of the same shape.
             solver_iterations: Iterations of conjugate gradients per step of the sampler.
+
+        Returns:
+            The posterior, for observations of that channel.
 
         Raises:
             ValueError: The run has no prior, or the channel does not fit.
@@ -319,6 +328,9 @@ class RunPosterior:
             batch_size: Samples per network call; that of the run's config by default.
             levels: Levels of the quantiles.
 
+        Returns:
+            Mean, standard deviation and quantiles of the draws, in the data's units.
+
         Raises:
             ValueError: As `sample`, or a level is outside of [0, 1].
         """
@@ -440,6 +452,9 @@ def summarized(draws: Tensor, levels: Levels = _LEVELS) -> Summary:
     Arguments:
         draws: Shape (draws, n, *x_shape).
         levels: Levels of the quantiles.
+
+    Returns:
+        Mean, standard deviation and quantiles, each of shape (n, *x_shape).
     """
     exact = draws.double()
     at = torch.tensor(levels, dtype=torch.float64, device=draws.device)

@@ -121,6 +121,7 @@ def sample(request: SampleRequest) -> SampleSummary:
     attributes: dict[str, JsonValue] = {
         "title": "DiffEM samples of the learned prior",
         "run": run.config.name,
+        "method": run.config.method,
         "config_digest": run.store.manifest.config_digest,
         "em_iteration": prior.iteration.iteration,
         "using": "prior",

@@ -7,7 +7,7 @@ on the way to the mathematics.
 
 `RunConfig.digest` names the numbers that a run computes. It leaves out what may change between
 two invocations of one run without changing them: how many iterations to do (unless the
-learning-rate schedule spans the whole run) and where to compute.
+learning-rate schedule spans the whole run), where to compute, and who is told.
 """
 
 from __future__ import annotations
@@ -78,6 +78,19 @@ from storage_schemas.config.evaluation import (
     SlicedMonitor,
     SlicedWassersteinDistance,
 )
+from storage_schemas.config.metrics import (
+    EnergyMetric,
+    FeatureMetric,
+    FidMetric,
+    InceptionScoreMetric,
+    KidMetric,
+    LpipsMetric,
+    MetricConfig,
+    MsSsimMetric,
+    NeighboursMetric,
+    SinkhornMetric,
+    SsimMetric,
+)
 from storage_schemas.config.model import (
     BetaMixtureTime,
     BetaTime,
@@ -107,6 +120,12 @@ from storage_schemas.config.sampler import (
     SamplerConfig,
 )
 from storage_schemas.config.stop import BudgetStop, FloorStop, PlateauStop, StopConfig
+from storage_schemas.config.trackers import (
+    MlflowTracker,
+    TensorboardTracker,
+    TrackerConfig,
+    WandbTracker,
+)
 
 __all__ = [
     "AnnealingConfig",
@@ -134,8 +153,11 @@ __all__ = [
     "DiversityMonitor",
     "DpmSolverSampler",
     "EStepConfig",
+    "EnergyMetric",
     "EnergyMonitor",
     "EvaluationConfig",
+    "FeatureMetric",
+    "FidMetric",
     "FloorStop",
     "FrechetDistance",
     "FrechetMonitor",
@@ -144,23 +166,30 @@ __all__ = [
     "GridConfig",
     "HeunSampler",
     "HiddenRanksMonitor",
+    "InceptionScoreMetric",
     "JointPrior",
     "JpegChannel",
     "KarrasGrid",
+    "KidMetric",
     "LinearRate",
     "LocalRunner",
     "LogLinearGrid",
     "LogNormalTime",
+    "LpipsMetric",
     "MMPSConfig",
     "MMPSStart",
     "MStepConfig",
     "ManifoldData",
+    "MetricConfig",
+    "MlflowTracker",
     "MlpNetwork",
     "MmdMonitor",
     "Mnist5kData",
     "ModelStart",
     "MonitorConfig",
     "MriChannel",
+    "MsSsimMetric",
+    "NeighboursMetric",
     "NetworkConfig",
     "Operators",
     "Phase",
@@ -182,19 +211,24 @@ __all__ = [
     "SamplerConfig",
     "ScheduleConfig",
     "SinkhornDistance",
+    "SinkhornMetric",
     "SlicedMonitor",
     "SlicedWassersteinDistance",
+    "SsimMetric",
     "StartConfig",
     "StopConfig",
     "StoreData",
     "SuperResolutionChannel",
     "Target",
     "TemperingConfig",
+    "TensorboardTracker",
     "TimeConfig",
+    "TrackerConfig",
     "UnconditionalPrior",
     "UnetNetwork",
     "UniformTime",
     "VEKarras",
     "VELogLinear",
     "ValidationConfig",
+    "WandbTracker",
 ]

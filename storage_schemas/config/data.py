@@ -185,6 +185,8 @@ class ManifoldData(_Bundled):
     kind: Literal["manifold"] = "manifold"
     samples: Count = 16384
     """Points on the curve, held-out ones included."""
+    curve: Literal["random", "published"] = "random"
+    """A curve of the run's seed, or that of the published code, whose figures are of it alone."""
     holdout: PositiveInt = 1024
     """Observations kept out of E-steps and M-steps, for evaluation; chosen by the run's seed."""
     value_range: None = None

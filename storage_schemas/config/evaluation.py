@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue, PositiveFloat, PositiveInt, field_validator
 
 from storage_schemas._base import Count, Record
+from storage_schemas.config.metrics import MetricConfig
 
 __all__ = [
     "ClassifierMonitor",
@@ -180,6 +181,44 @@ _MONITORS: tuple[MonitorConfig, ...] = (
 )
 
 
+# Names of what is measured in any case or by a monitor.
+_TAKEN = frozenset(
+    [
+        "accuracy",
+        "classifier",
+        "collapse",
+        "coverage",
+        "coverage_50",
+        "coverage_90",
+        "density",
+        "distance",
+        "divergence",
+        "draw_variance",
+        "duplicates",
+        "energy",
+        "frechet",
+        "hidden_ranks",
+        "hidden_rmse_mean",
+        "hidden_rmse_sample",
+        "mmd",
+        "nearest",
+        "participation",
+        "precision",
+        "predictive",
+        "psnr_mean",
+        "psnr_sample",
+        "ranks",
+        "recall",
+        "residual",
+        "rmse_mean",
+        "rmse_sample",
+        "sliced_wasserstein",
+        "spread_ratio",
+        "uncovered",
+    ]
+)
+
+
 class EvaluationConfig(Record):
     """What is measured after each iteration. It never feeds back into the training."""
 
@@ -194,6 +233,9 @@ class EvaluationConfig(Record):
     monitors: tuple[MonitorConfig, ...] = _MONITORS
     """What is measured without clean samples, beside the divergence; each kind once. The cheap
     ones by default."""
+    metrics: tuple[MetricConfig, ...] = ()
+    """What more is measured against clean samples, where they are known; nothing by default. What
+    cannot be measured (without weights, of too few samples) is left out with the reason."""
 
     @field_validator("monitors")
     @classmethod
@@ -205,3 +247,20 @@ class EvaluationConfig(Record):
                 f"evaluation.monitors holds {', '.join(twice)} more than once; give each kind once"
             )
         return monitors
+
+    @field_validator("metrics")
+    @classmethod
+    def _each_name_once(cls, metrics: tuple[MetricConfig, ...]) -> tuple[MetricConfig, ...]:
+        names = [str(getattr(metric, "name", metric.kind)) for metric in metrics]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"evaluation.metrics holds {', '.join(twice)} more than once; give another name"
+            )
+        for name in names:
+            if name in _TAKEN or name.endswith(("_floor", "_clean", "_start")):
+                raise ValueError(
+                    f"evaluation.metrics holds the name {name!r}, which something else has or "
+                    "belongs to something else; give another name"
+                )
+        return metrics

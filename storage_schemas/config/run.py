@@ -35,6 +35,7 @@ from storage_schemas.config.model import (
 )
 from storage_schemas.config.runner import LocalRunner, RunnerConfig
 from storage_schemas.config.stop import BudgetStop, StopConfig
+from storage_schemas.config.trackers import TrackerConfig
 
 __all__ = ["RunConfig"]
 
@@ -52,16 +53,19 @@ class RunConfig(Record):
     """The seed from which every random number of the run is derived."""
     iterations: Steps
     """EM iterations."""
-    method: Literal["diffem", "em-mmps"] = "diffem"
+    method: Literal["diffem", "em-mmps", "clean"] = "diffem"
     """DiffEM (a conditional model is the posterior), or EM-MMPS (an unconditional model, with
-    moment-matching posterior sampling; linear channels with Gaussian noise)."""
+    moment-matching posterior sampling; linear channels with Gaussian noise). `clean` is neither,
+    but a ceiling for benchmarks: the same network learns from the clean samples themselves."""
     data: DataConfig
     """Where the observations come from."""
     channel: ChannelConfig
     """The corruption Q(y | x)."""
-    condition: Literal["observation", "gaussian_mean"] = "observation"
+    condition: Literal["observation", "gaussian_mean", "gaussian_posterior"] = "observation"
     """What the network sees: the observation with its operator, or also the posterior mean under
-    the Gaussian prior of the start (not in the paper; for operators that are hard to invert)."""
+    the Gaussian prior of the start (not in the paper; for operators that are hard to invert), or
+    the mean and the spread of that posterior, with the denoiser built around it, so that the
+    network learns what is not Gaussian (not in the paper; for vectors and small images)."""
     network: NetworkConfig
     """The network inside the denoiser."""
     schedule: ScheduleConfig = VELogLinear()
@@ -86,6 +90,8 @@ class RunConfig(Record):
     """Arithmetic of the network; weights, losses and sampler states stay float32."""
     runner: RunnerConfig = LocalRunner()
     """Where the work is done."""
+    trackers: tuple[TrackerConfig, ...] = ()
+    """Who is told of each iteration beside the run itself; nobody by default."""
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
@@ -154,6 +160,11 @@ class RunConfig(Record):
 
     def _method_problem(self) -> str | None:
         mmps = self.method == "em-mmps"
+        if self.method == "clean" and isinstance(self.start, MMPSStart):
+            return (
+                "start.kind is 'mmps' but method is 'clean', whose network learns from clean "
+                "samples from its first iteration on; take another start"
+            )
         if mmps and isinstance(self.start, MMPSStart):
             return (
                 "start.kind is 'mmps' but method is 'em-mmps', which is that from its first "
@@ -180,9 +191,14 @@ class RunConfig(Record):
                 "leave prior out, or take 'unconditional'"
             )
         gaussian = isinstance(self.start, (GaussianStart, MMPSStart))
-        if self.condition == "gaussian_mean" and not gaussian:
+        if self.condition == "gaussian_posterior" and isinstance(self.prior, JointPrior):
             return (
-                f"condition is 'gaussian_mean' but start.kind {self.start.kind!r} fits no "
+                "prior.kind is 'joint' but condition is 'gaussian_posterior', around which the "
+                "denoiser is built, so that it cannot be dropped; take 'unconditional'"
+            )
+        if self.condition != "observation" and not gaussian:
+            return (
+                f"condition is {self.condition!r} but start.kind {self.start.kind!r} fits no "
                 "Gaussian prior; take start.kind 'gaussian' or 'mmps'"
             )
         if isinstance(self.start, MMPSStart) and self.start.laps >= self.iterations:
@@ -222,10 +238,12 @@ class RunConfig(Record):
 
     def identity(self) -> dict[str, Any]:
         """Return the part of the config that determines the run's numbers, as JSON-able data."""
-        data = self.model_dump(mode="json", exclude={"description", "runner", "stop"})
+        data = self.model_dump(mode="json", exclude={"description", "runner", "stop", "trackers"})
         if self.m_step.learning_rate.over != "run":
             del data["iterations"]
         del data["m_step"]["checkpoint_seconds"]
+        if not self.evaluation.metrics:  # as before there were any
+            del data["evaluation"]["metrics"]
         return data
 
     def is_mmps(self, iteration: int) -> bool:

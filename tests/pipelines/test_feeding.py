@@ -36,6 +36,18 @@ def test_rows_are_spread_evenly() -> None:
     assert np.diff(rows).max() <= 1004
 
 
+def test_rows_of_very_many_are_runs_of_neighbours() -> None:
+    for available, wanted in ((10**8, 16_384), (10**7, 1_000), (2**22, 65_536), (2**22, 1)):
+        rows = spread_rows(available, wanted)
+        assert len(np.unique(rows)) == wanted
+        assert (rows[0], rows.max() < available) == (0, True)
+        starts = rows[::64]
+        assert (np.split(rows, range(64, wanted, 64))[-1] - starts[-1] < 64).all()
+        # As many objects of 64 rows are touched as there are runs, or twice as many.
+        assert len(np.unique(rows // 64)) <= 2 * len(starts)
+        assert np.diff(starts).size == 0 or np.ptp(np.diff(starts)) <= 1
+
+
 @pytest.mark.usefixtures("prefect_server")
 def test_a_run_through_the_scratch_file_ends_with_the_same_bytes(
     tiny_config: Path, tmp_path: Path

@@ -66,6 +66,23 @@ def test_the_manifold_is_a_function_of_its_seed() -> None:
     assert not np.array_equal(draw(1), draw(2))
 
 
+def test_the_published_curve_goes_through_the_points_of_the_published_data() -> None:
+    # The first points that JAX 0.10 draws in the published code, with its seed 0.
+    published = np.array(
+        [
+            [-0.9702, 1.4298, 1.3838, -1.1382, -1.2235],
+            [-1.7193, -0.2397, -0.0577, 0.8359, -0.1162],
+            [-1.2611, 1.2474, 1.2154, -0.8910, -0.9905],
+            [0.7864, -1.9927, -0.9388, 1.7502, 1.3298],
+        ]
+    )
+    samples = load_clean_samples(ManifoldData(samples=4096, curve="published"), seed=5)
+    distance = np.linalg.norm(published[:, None] - samples.x[None], axis=-1).min(axis=1)
+    # 4,096 points along a curve some 30 long; its ends are rescaled to those that were drawn.
+    assert distance.max() < 0.02
+    assert samples.source == "the published curve in R^5"
+
+
 def test_limit_takes_the_first_samples() -> None:
     samples = load_clean_samples(DigitsData(limit=300), seed=0)
     np.testing.assert_array_equal(samples.x[:, 0], load_digits().images[:300])
