@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -13,11 +14,12 @@ from rich.console import Console
 from pipelines.json_log import JsonReporter
 from pipelines.prefect_settings import apply_defaults, has_server
 from pipelines.progress import Reporter, reporter_on, use_reporter
+from pipelines.runners.reachable import require_cluster
 from pipelines.signals import ending_softly
 from pipelines.sources import require_source
 from pipelines.status import read_status
 from pipelines.table import Summary, print_run
-from storage_schemas.config import RunConfig
+from storage_schemas.config import RayRunner, RunConfig
 from storage_schemas.errors import NotARun, UnusableStore
 from storage_schemas.lease import LeaseHeld, RunLease, read_lease
 from storage_schemas.objects import ObjectStore, redact_url
@@ -57,6 +59,8 @@ def prepare_run(config: RunConfig, url: str, *, take_over: bool) -> RunStore:
         from pipelines.build import build_device
 
         build_device(config.runner)
+    if isinstance(config.runner, RayRunner):
+        require_cluster(config.runner)
     objects = ObjectStore(url)
     stored = require_runnable(config, objects)
     if stored is None:
@@ -120,6 +124,7 @@ def launch(
     iterations_per_flow_run: int | None = None,
     time_budget: timedelta | None = None,
     json_logs: bool = False,
+    show: bool = True,
 ) -> None:
     """Do what is left of a run, showing progress, and print its table.
 
@@ -130,6 +135,7 @@ def launch(
         iterations_per_flow_run: Do at most so many EM iterations.
         time_budget: Begin no EM iteration after this time.
         json_logs: Report progress as one JSON object per line.
+        show: Whether the run's table is printed at the end.
 
     Raises:
         ValueError: If the caller made a mistake.
@@ -153,7 +159,8 @@ def launch(
     if not done.pop("complete"):
         reporter.note(f"stopped: {done['reason']}; the same command goes on")
     del done["reason"]
-    print_run(read_status(RunStore.open(store.objects)), Summary.model_validate(done))
+    if show:
+        print_run(read_status(RunStore.open(store.objects)), Summary.model_validate(done))
 
 
 def _work(store: RunStore, reporter: Reporter, **limits: Any) -> dict[str, Any]:
@@ -168,13 +175,14 @@ def _work(store: RunStore, reporter: Reporter, **limits: Any) -> dict[str, Any]:
         contextlib.ExitStack() as starting,
     ):
         starting.enter_context(reporter.stage("starting Prefect and PyTorch", total=None, unit=""))
+        import httpx
         from prefect import tags
         from prefect.exceptions import CancelledRun, TerminationSignal
         from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
         from pipelines.embedded_server import start_embedded_server
 
-        start_embedded_server()
+        _start_server(start_embedded_server)
         from pipelines import watching
         from pipelines.flows import em_run
 
@@ -182,9 +190,8 @@ def _work(store: RunStore, reporter: Reporter, **limits: Any) -> dict[str, Any]:
         # run about a second at its end, for nothing where the server ends with the process.
         beat = watching.HEARTBEAT_SECONDS if has_server() else None
         address = store.address
-        run = em_run.with_options(
-            flow_run_name=store.config.name, on_running=[lambda *_: starting.close()]
-        )
+        name = store.config.name + (" (clean samples)" if store.config.method == "clean" else "")
+        run = em_run.with_options(flow_run_name=name, on_running=[lambda *_: starting.close()])
         try:
             with (
                 temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: beat}),
@@ -197,15 +204,29 @@ def _work(store: RunStore, reporter: Reporter, **limits: Any) -> dict[str, Any]:
         except (CancelledRun, TerminationSignal) as error:
             raise Interrupted(str(error)) from error
         except Exception as error:
-            if "Failed to reach API" in str(error):
+            # Stores speak through other libraries than Prefect, so such an error is the server's.
+            lost = isinstance(error, httpx.TransportError)
+            if lost or "Failed to reach API" in str(error):
                 raise RunFailed(
                     f"{error}: no Prefect server answers there; start it (prefect server start), "
-                    "or unset PREFECT_API_URL to use the embedded one"
+                    "or unset PREFECT_API_URL to use the embedded one; what is done stays done, "
+                    "and the same command goes on"
                 ) from error
             raise RunFailed(
                 f"{type(error).__name__}: {error}\nwhat is done stays done; the same command "
                 f"resumes {redact_url(store.url)}"
             ) from error
+
+
+def _start_server(start: Callable[[], None]) -> None:
+    try:
+        start()
+    except RuntimeError as error:
+        raise RunFailed(
+            f"Prefect's embedded server did not start ({error}); on a machine that is busy, give "
+            "it more time (PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS=600), or start one "
+            "that stays (prefect server start) and set PREFECT_API_URL"
+        ) from error
 
 
 def _preload() -> None:

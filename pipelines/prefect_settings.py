@@ -18,6 +18,8 @@ _DEFAULTS = {
     # UI shows them.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+    # Where the server is lost, every event that does not reach it would be printed in full.
+    "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL",
     # The embedded server stops before its recorder has drained with the default batch sizes, and
     # loses task runs.
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",

@@ -17,7 +17,7 @@ from pathlib import Path
 
 __all__ = ["LoopbackPrefect", "end", "prefect_server"]
 
-_START_SECONDS = 120.0
+_START_SECONDS = 300.0
 
 
 @dataclass(frozen=True)

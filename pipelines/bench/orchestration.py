@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
 from pydantic import PositiveFloat, PositiveInt
 
 from pipelines.bench.loopback_prefect import prefect_server
 from storage_schemas._base import Record
 
-__all__ = ["OrchestrationBenchmark", "ShardCost", "bench_orchestration"]
+__all__ = ["OrchestrationBenchmark", "ShardCost", "Way", "bench_orchestration"]
 
 _FEW, _MANY = 10, 1010
+_PLAIN_LOOP = "plain loop, store in memory"
+_EMBEDDED, _SERVER = "embedded server", "server"
 
 _PLAIN = """
 import sys, time
@@ -50,92 +55,145 @@ class ShardCost(Record):
     """Additional shards that were measured."""
 
 
+class Way(Record):
+    """One way of doing the same run; medians over the rounds."""
+
+    where: str
+    """How it is done."""
+    start_seconds: PositiveFloat
+    """From the command to the first stage."""
+    work_seconds: PositiveFloat
+    """From the first stage to the end of the process, wall clock."""
+    work_cpu_seconds: PositiveFloat
+    """The same in processor time of that process: nearly the same on a busy machine."""
+    ratio: PositiveFloat
+    """Wall-clock time of the work over that of the plain loop of the same round."""
+    cpu_ratio: PositiveFloat
+    """The same in processor time."""
+
+
 class OrchestrationBenchmark(Record):
     """Everything that was measured."""
 
     config: str
     """The experiment."""
-    start_seconds: PositiveFloat
-    """From the command to the first stage: Python, Prefect's embedded server, PyTorch."""
-    plain_start_seconds: PositiveFloat
-    """The same of the plain loop: Python and PyTorch."""
-    work_seconds: PositiveFloat
-    """From the first stage to the end of the process, through Prefect and into a store on disk."""
-    plain_work_seconds: PositiveFloat
-    """The same of the plain loop, into a store in memory."""
-    ratio: PositiveFloat
-    """The first of these over the second."""
+    rounds: PositiveInt
+    """How often each way was measured, one after the other."""
+    load: float
+    """Processes that wanted the processor when it began: the machine's load average."""
+    ways: tuple[Way, ...]
+    """The plain loop first."""
     shards: tuple[ShardCost, ...]
     """Cost of a shard."""
 
 
+class _Timing(NamedTuple):
+    start: float
+    work: float
+    work_cpu: float
+
+
 def bench_orchestration(
-    config: str, overrides: tuple[str, ...] = (), *, server: bool = True, ray: bool = False
+    config: str,
+    overrides: tuple[str, ...] = (),
+    *,
+    server: bool = True,
+    ray: bool = False,
+    rounds: int = 1,
 ) -> OrchestrationBenchmark:
     """Measure the pipeline against a plain loop, and the cost of a shard.
 
     Arguments:
         config: Path or URL of the experiment's config.
         overrides: Assignments `key.sub=value`.
-        server: Measure shards on a server of its own as well.
+        server: Measure on a server of its own as well.
         ray: Measure shards on a Ray cluster of this machine as well.
+        rounds: How often each way is measured; they take turns.
 
     Raises:
         RuntimeError: A measured process failed; the message ends with what it said.
     """
-    with tempfile.TemporaryDirectory(prefix="diffem-bench-") as name:
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(prefix="diffem-bench-") as name, ExitStack() as stack:
         folder = Path(name)
-        environment = {**os.environ, "PREFECT_HOME": str(folder / "prefect")}
-        environment.pop("PREFECT_API_URL", None)
+        embedded = {**os.environ, "PREFECT_HOME": str(folder / "prefect")}
+        embedded.pop("PREFECT_API_URL", None)
+        places = {_EMBEDDED: embedded}
+        if server or ray:
+            home = folder / "server"
+            home.mkdir()
+            served = stack.enter_context(prefect_server(home, embedded)).environment
+            if server:
+                places[_SERVER] = served
         sets = [part for override in overrides for part in ("--set", override)]
         command = [sys.executable, "-m", "pipelines.cli", "run", config, "--json-logs", *sets]
-        _run([*command, "--store", str(folder / "first"), "--dry-run"], environment)  # warms up
-        start, work = _timed(
-            [*command, "--store", str(folder / "run")], environment, '"checking the run"'
-        )
-        plain_start, plain_work = _timed(
-            [sys.executable, "-c", _PLAIN, config, "memory://bench", *overrides],
-            environment,
-            "begin",
-        )
-        shards = [_shard_cost("embedded server, threads", environment, folder / "a")]
-        if server or ray:
-            with ExitStack() as stack:
-                home = folder / "server"
-                home.mkdir()
-                served = stack.enter_context(prefect_server(home, environment)).environment
-                if server:
-                    shards.append(_shard_cost("server, threads", served, folder / "b"))
-                if ray:
-                    shards.append(_shard_cost("server, Ray", served, folder / "c", ray=True))
+        dry = [*command, "--store", str(folder / "first"), "--dry-run", "--no-calibration"]
+        _run(dry, embedded)  # warms up
+        found: dict[str, list[_Timing]] = {_PLAIN_LOOP: [], **{where: [] for where in places}}
+        for number in range(rounds):
+            for where, environment in places.items():
+                url = str(folder / f"run-{number}-{len(found[where])}-{where[:2]}")
+                found[where].append(
+                    _timed([*command, "--store", url], environment, '"checking the run"')
+                )
+            plain = [sys.executable, "-c", _PLAIN, config, "memory://bench", *overrides]
+            found[_PLAIN_LOOP].append(_timed(plain, embedded, "begin"))
+        shards = [
+            _shard_cost(f"{where}, threads", environment, folder / where[:2])
+            for where, environment in places.items()
+        ]
+        if ray:
+            # A local cluster would leave a token of its own in the user's home, and every cluster
+            # that is started there later would ask for it.
+            token = folder / "token"
+            token.write_text(secrets.token_hex(32))
+            own = {**served, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+            shards.append(_shard_cost(f"{_SERVER}, Ray", own, folder / "ray", ray=True))
     return OrchestrationBenchmark(
         config=config,
-        start_seconds=start,
-        plain_start_seconds=plain_start,
-        work_seconds=work,
-        plain_work_seconds=plain_work,
-        ratio=work / plain_work,
+        rounds=rounds,
+        load=load,
+        ways=tuple(_way(where, found[where], found[_PLAIN_LOOP]) for where in found),
         shards=tuple(shards),
     )
 
 
-def _timed(command: list[str], environment: dict[str, str], mark: str) -> tuple[float, float]:
-    """Return the seconds until a line on standard error holds the mark, and from there on."""
-    began = time.perf_counter()
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+def _way(where: str, timings: list[_Timing], plain: list[_Timing]) -> Way:
+    return Way(
+        where=where,
+        start_seconds=median(timing.start for timing in timings),
+        work_seconds=median(timing.work for timing in timings),
+        work_cpu_seconds=median(timing.work_cpu for timing in timings),
+        ratio=median(one.work / other.work for one, other in zip(timings, plain, strict=True)),
+        cpu_ratio=median(
+            one.work_cpu / other.work_cpu for one, other in zip(timings, plain, strict=True)
+        ),
     )
-    marked, said = None, []
-    assert process.stderr is not None
-    for line in process.stderr:
-        said.append(line)
-        if marked is None and mark in line:
-            marked = time.perf_counter()
-    process.wait()
-    ended = time.perf_counter()
+
+
+def _timed(command: list[str], environment: dict[str, str], mark: str) -> _Timing:
+    """Measure the time until a line on standard error holds the mark, and from there on."""
+    began = time.perf_counter()
+    marked, cpu_before, said = None, 0.0, []
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            said.append(line)
+            if marked is None and mark in line:
+                marked, cpu_before = time.perf_counter(), _cpu_seconds(process.pid)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # It still can be asked.
+        ended, cpu = time.perf_counter(), _cpu_seconds(process.pid)
     if process.returncode or marked is None:
         raise RuntimeError(f"the measured process failed: {''.join(said[-5:])}")
-    return marked - began, ended - marked
+    return _Timing(marked - began, ended - marked, cpu - cpu_before)
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Return the processor time of a process, without its children (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _shard_cost(

@@ -18,15 +18,18 @@ def print_orchestration(result: OrchestrationBenchmark) -> None:
     console = Console()
     console = console if console.is_terminal else Console(width=120)
     table = _table(
-        f"The same run, {result.config}", "seconds", "diffem run", "plain loop", "ratio"
+        f"The same run, {result.config}; {result.rounds} rounds, load {result.load:.1f}",
+        *("where", "start s", "work s", "ratio", "work processor s", "ratio"),
     )
-    table.add_row("start", f"{result.start_seconds:.1f}", f"{result.plain_start_seconds:.1f}", "")
-    table.add_row(
-        "work",
-        f"{result.work_seconds:.1f}",
-        f"{result.plain_work_seconds:.1f}",
-        f"{result.ratio:.3f}",
-    )
+    for way in result.ways:
+        table.add_row(
+            way.where,
+            f"{way.start_seconds:.1f}",
+            f"{way.work_seconds:.1f}",
+            f"{way.ratio:.3f}",
+            f"{way.work_cpu_seconds:.1f}",
+            f"{way.cpu_ratio:.3f}",
+        )
     console.print(table)
     table = _table("A shard that does nothing", "where", "ms per shard", "MB per 1,000 shards")
     for cost in result.shards:

@@ -28,12 +28,15 @@ from prefect.exceptions import CancelledRun
 from prefect_ray import RayTaskRunner
 from prefect_ray.context import remote_options
 from prefect_ray.task_runners import PrefectRayFuture
-from ray.exceptions import RayError, RayTaskError
+from ray._private.services import canonicalize_bootstrap_address
+from ray.exceptions import AuthenticationError, GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines import cancellation
 from pipelines.runners.devices import GRACE_SECONDS, THREADS_VARIABLE, find_stage
 from pipelines.runners.distributed import TIMEOUT, RankDied
+from pipelines.runners.reachable import require_answer, unreachable
+from pipelines.runners.wish import Wish
 from storage_schemas.config import RayRunner
 
 __all__ = [
@@ -47,6 +50,7 @@ __all__ = [
 
 _POLL_SECONDS = 0.3
 _ASK_SECONDS = 1.0
+_WISH_SECONDS = 60.0
 # What the processes of the cluster need to know of this one's settings. Secrets, such as an API
 # key, are not among them: they would be shown by Ray's dashboard, and belong into the environment
 # in which the nodes are started.
@@ -69,23 +73,50 @@ def cluster(config: RayRunner) -> Iterator[None]:
 
     Raises:
         ValueError: No Prefect server is named that the nodes could reach.
-        ConnectionError: There is no cluster.
+        ConnectionError: There is no cluster at the address, or it does not let this process in.
     """
     if ray.is_initialized():
         yield
         return
+    arguments = _init_arguments(config)
+    _require_answer(config.address)
+    # One try, which lasts 40 s: what answers there may be no Ray cluster. Ray would try 20 times.
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
     try:
-        ray.init(**_init_arguments(config))
-    except ConnectionError as error:
-        raise ConnectionError(
-            f"runner.address is {config.address!r}, but no Ray cluster answers there ({error}); "
-            "start one with `ray start --head`, join it with `ray start --address HOST:PORT`, and "
-            "run this command on one of its nodes"
-        ) from error
+        ray.init(**arguments)
+    except (ConnectionError, AuthenticationError) as error:
+        # Ray tells of a token only in the text of what caused its error.
+        if "AuthToken" in f"{error} {error.__cause__}":
+            raise ConnectionError(
+                f"the Ray cluster at runner.address {config.address!r} asks for a token, as "
+                "`ray start --head` makes it do where ~/.ray/auth_token exists; set "
+                "RAY_AUTH_MODE=token here and on every node, with that file in each home, or "
+                "RAY_AUTH_MODE=disabled where all of them are started"
+            ) from error
+        raise unreachable(config.address, None, error) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_answer(given: str) -> None:
+    """Refuse an address at which nothing answers, within seconds.
+
+    Raises:
+        ConnectionError: Nothing answers, or there is no cluster for `auto` to find.
+    """
+    if given == "local":
+        return
+    address = given
+    if given == "auto":
+        # RAY_ADDRESS, or the cluster that was last started here, or whichever runs here; Ray has
+        # no public name for that.
+        try:
+            address = str(canonicalize_bootstrap_address("auto"))
+        except ConnectionError as error:
+            raise unreachable(given, None, error) from error
+    require_answer(address, given)
 
 
 def build_ray_task_runner(config: RayRunner) -> ClusterTaskRunner:
@@ -101,8 +132,9 @@ def build_ray_task_runner(config: RayRunner) -> ClusterTaskRunner:
 
 def shard_resources(config: RayRunner) -> AbstractContextManager[Any]:
     """Return a context in which tasks are submitted with the resources that a shard takes."""
+    # A process does any number of shards; on GPUs, Ray's default is one, so as to free the GPU.
     resources: AbstractContextManager[Any] = remote_options(
-        num_gpus=config.gpus_per_shard, num_cpus=config.cpus_per_shard
+        num_gpus=config.gpus_per_shard, num_cpus=config.cpus_per_shard, max_calls=0
     )
     return resources
 
@@ -147,25 +179,12 @@ def _api_url() -> str:
 # ----------------------------------------------------------------------------- asking for an end
 
 
-class _Wish:
-    """An actor that knows whether the work of this job should end, and why."""
-
-    def __init__(self) -> None:
-        self._reason: str | None = None
-
-    def set(self, reason: str) -> None:
-        self._reason = reason
-
-    def get(self) -> str | None:
-        return self._reason
-
-
 def _wish() -> Any:
-    """Return this job's actor of that kind; it is made where there is none, on this node."""
+    """Return this job's actor; it is made where there is none, on this node."""
     context = ray.get_runtime_context()
     here = NodeAffinitySchedulingStrategy(node_id=context.get_node_id(), soft=True)
     return (
-        ray.remote(_Wish)
+        ray.remote(Wish)
         .options(
             name=f"diffem-wish-{context.get_job_id()}",
             get_if_exists=True,
@@ -178,17 +197,20 @@ def _wish() -> Any:
 
 @contextlib.contextmanager
 def _heeding() -> Iterator[None]:
-    """Ask this process of the cluster to stop when the job should: at once, and from then on."""
+    """Ask this process of the cluster to stop when the job should: at once, and from then on.
+
+    Only a thread beside the work asks. Where the main thread of a task waits for an answer, Ray
+    takes it for idle, gives its processor away, and starts a process for the next shard.
+    """
     cancellation.allow()
-    wish, done = _wish(), threading.Event()
+    done = threading.Event()
 
     def heed() -> None:
+        wish = _wish()
         while not _ask(wish) and not done.wait(_ASK_SECONDS):
             pass
 
-    _ask(wish)
-    thread = threading.Thread(target=heed, name="diffem-wish", daemon=True)
-    thread.start()
+    threading.Thread(target=heed, name="diffem-wish", daemon=True).start()
     try:
         yield
     finally:
@@ -256,7 +278,11 @@ class ClusterTaskRunner(RayTaskRunner[Any]):  # type: ignore[misc]
 
     def __enter__(self) -> Self:
         super().__enter__()
-        _wish()
+        # Tasks enter their flow's runner as well.
+        if ray.get_runtime_context().get_task_id() is None:
+            # It needs a process too, and shards would be first to have theirs.
+            with contextlib.suppress(GetTimeoutError):
+                ray.get(_wish().get.remote(), timeout=_WISH_SECONDS)
         return self
 
     def submit(self, *args: Any, **kwargs: Any) -> ClusterFuture:

@@ -81,6 +81,20 @@ def test_the_history_is_a_table_of_start_and_iterations(
     assert first.all_inner_texts() == ["start", "000", "001"]
 
 
+def test_the_report_is_named_where_it_lies(page: Any, shown: tuple[str, RunStore]) -> None:
+    server, store = shown
+    page.goto(artifact(server, "tiny-report"))
+    page.get_by_text("tiny: report").first.wait_for()
+    assert store.objects.local_path is not None
+    address = (store.objects.local_path / "report.html").resolve().as_uri()
+    links = page.get_by_role("link", name="report.html")
+    print("link:", [link.get_attribute("href") for link in links.all()])
+    assert address in page.inner_text("body")
+    # What stands there opens.
+    page.goto(address)
+    page.get_by_role("heading", name="tiny").first.wait_for()
+
+
 @pytest.mark.parametrize("key", ["tiny-e-step", "tiny-m-step"])
 def test_progress_is_a_bar_that_is_full_at_the_end(
     key: str, page: Any, shown: tuple[str, RunStore]

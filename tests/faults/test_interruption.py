@@ -74,7 +74,7 @@ def undisturbed(
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+    "number", [pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGTERM)]
 )
 def test_an_end_that_is_asked_for_comes_soon_and_loses_nothing(
     number: signal.Signals,
@@ -124,6 +124,17 @@ def test_no_server_where_one_is_named_is_told_with_the_remedy(
     assert "no Prefect server answers there; start it" in done.stderr
     assert "Traceback" not in done.stderr
     run_tiny(tiny_config, str(tmp_path / "run"), home)
+
+
+def test_an_embedded_server_that_does_not_come_in_time_is_told_with_the_remedy(
+    tmp_path: Path, tiny_config: Path, home: dict[str, str]
+) -> None:
+    variable = "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"
+    # It takes several seconds on any machine.
+    done = run_tiny(tiny_config, str(tmp_path / "run"), {**home, variable: "1"}, status=1)
+    assert "embedded server did not start" in done.stderr
+    assert f"{variable}=600" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_json_logs_are_json_and_say_where(

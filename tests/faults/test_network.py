@@ -69,7 +69,7 @@ def test_each_call_survives_each_fault(fault: str, moto: Server) -> None:
         assert faults.injected.total() == len(calls)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_through_a_bad_network_ends_the_same(
     seed: int, moto: Server, tmp_path: Path
 ) -> None:

@@ -29,7 +29,7 @@ from tests.processes import in_session
 
 pytestmark = pytest.mark.slow
 
-PATIENCE = 240.0
+PATIENCE = 480.0
 """Seconds to wait for anything: a loaded machine takes a minute to import PyTorch."""
 
 

@@ -76,6 +76,7 @@ def test_a_whole_run_keeps_no_credentials(
         assert_nothing_planted(path.read_bytes(), str(path))
 
 
+@pytest.mark.slow
 def test_a_failed_run_keeps_no_credentials(
     moto: Server, own_home: dict[str, str], tiny_config: Path
 ) -> None:

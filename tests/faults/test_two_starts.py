@@ -112,6 +112,7 @@ def test_two_starts_on_a_disk(tmp_path: Path, expected: dict[str, bytes]) -> Non
     start_together(str(tmp_path), 20, expected)
 
 
+@pytest.mark.slow
 def test_two_starts_in_a_bucket(moto: Server, expected: dict[str, bytes]) -> None:
     with reached(moto):
         start_together(moto.url("two"), 5, expected)

@@ -1,11 +1,13 @@
 """What Prefect is told and makes of it: cached stages, retries, ends that were asked for."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from prefect import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
@@ -13,13 +15,14 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import CancelledRun
 from prefect.states import Cancelling, Running
 
-from pipelines import cancellation, flows, watching
+from pipelines import artifacts, cancellation, flows, watching
 from pipelines.config_io import load_config
 from pipelines.faults import StageFailed, is_fault
 from pipelines.flows import em_run
 from pipelines.stages import iterations
 from storage_schemas.errors import NoSpace, StoreFailed
 from storage_schemas.run_store import RunStore
+from storage_schemas.verify import verify
 from tests.pipelines.test_run import results_of
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -35,6 +38,27 @@ def flow_runs(url: str) -> list[FlowRun]:
         return client.read_flow_runs(
             flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[watching.run_tag(url)]))
         )
+
+
+def latest(url: str, name: str) -> FlowRun:
+    """The flow run of a name that began last."""
+    found = [run for run in flow_runs(url) if run.name == name and run.start_time]
+    return max(found, key=lambda run: str(run.start_time))
+
+
+def states_of_tasks(flow_run: FlowRun, *, at_least: int) -> dict[str, str | None]:
+    """States of a flow run's tasks by name, when the server has recorded that they ended."""
+    from prefect.client.schemas.filters import FlowRunFilterId
+
+    deadline = time.monotonic() + 60
+    with get_client(sync_client=True) as client:
+        while True:
+            wanted = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id]))
+            runs = client.read_task_runs(flow_run_filter=wanted)
+            ended = [run for run in runs if run.state is not None and run.state.is_final()]
+            if len(ended) >= at_least or time.monotonic() > deadline:
+                return {run.name: run.state_name for run in runs}
+            time.sleep(0.1)
 
 
 def run_tagged(url: str, **arguments: Any) -> Any:
@@ -190,6 +214,71 @@ def test_flow_runs_are_named_tagged_and_shown(tmp_path: Path, tiny_config: Path)
     assert all(f'"{name}"' in history for name in ("start", "000", "001"))
 
 
+def test_a_server_that_is_gone_is_not_asked_by_every_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    clock = [1000.0]
+    monkeypatch.setattr(artifacts, "_gone_until", 0.0)
+    monkeypatch.setattr(artifacts.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(artifacts, "get_run_logger", lambda: logging.getLogger("test"))
+
+    def tell(what: str, error: Exception | None = None) -> str:
+        asked.append(what)
+        if error is not None:
+            raise error
+        return what
+
+    refused = httpx.HTTPStatusError(
+        "too large", request=httpx.Request("POST", "http://x"), response=httpx.Response(413)
+    )
+    assert artifacts._try(lambda: tell("refused", refused)) is None
+    assert artifacts._try(lambda: tell("heard")) == "heard", "one artifact's fault alone"
+    # Prefect asks for a minute before it says so.
+    assert artifacts._try(lambda: tell("gone", httpx.ConnectError("no"))) is None
+    assert artifacts._try(lambda: tell("soon after")) is None
+    clock[0] += 601
+    assert artifacts._try(lambda: tell("later")) == "later"
+    assert asked == ["refused", "heard", "gone", "later"]
+
+
+def report_artifacts() -> list[str]:
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+
+    with get_client(sync_client=True) as client:
+        wanted = ArtifactFilter(key=ArtifactFilterKey(any_=["tiny-report"]))
+        return [str(found.data) for found in client.read_artifacts(artifact_filter=wanted)]
+
+
+def test_the_report_is_written_at_the_end_and_linked_from_the_ui(
+    tmp_path: Path, tiny_config: Path
+) -> None:
+    url = create(tmp_path / "run", tiny_config)
+    em_run(url, iterations_per_flow_run=1)
+    page = tmp_path / "run/report.html"
+    first = page.read_text()
+    assert "1 of 2" in first
+    em_run(url)
+    assert page.read_text() != first, "it tells of the second iteration as well"
+    assert any(f"]({page.resolve().as_uri()})" in text for text in report_artifacts())
+    assert verify(url).ok
+    written = page.stat().st_mtime_ns
+    em_run(url)
+    assert page.stat().st_mtime_ns == written, "nothing was done, so there is nothing to tell"
+
+
+def test_a_report_that_fails_is_no_failure_of_the_run(
+    tmp_path: Path, tiny_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> str:
+        raise RuntimeError("no such font")
+
+    monkeypatch.setattr("pipelines.report.render_report", fail)
+    before = len(report_artifacts())
+    done = em_run(create(tmp_path / "run", tiny_config, "iterations=1"))
+    assert done["complete"]
+    assert not (tmp_path / "run/report.html").exists()
+    assert len(report_artifacts()) == before
+
+
 def test_a_repeated_run_shows_finished_stages_as_cached(tmp_path: Path, tiny_config: Path) -> None:
     url = create(tmp_path / "run", tiny_config)
     run_tagged(url)
@@ -202,6 +291,12 @@ def test_a_repeated_run_shows_finished_stages_as_cached(tmp_path: Path, tiny_con
         "shards_reused": 4,
         "m_step_reused": True,
         "evaluate_reused": True,
+    }
+    assert states_of_tasks(latest(url, "tiny · iteration 001"), at_least=7) == {
+        **{f"E-step, shard {shard:05d}": "Cached" for shard in range(4)},
+        "M-step": "Cached",
+        "evaluation": "Cached",
+        "commit": "Completed",
     }
     records = {path.name for path in (tmp_path / "run/prefect").iterdir()}
     assert sum(name.startswith("diffem-e_step-") for name in records) == 8
