@@ -12,7 +12,7 @@ from typing import Any
 
 from pipelines.prefect_settings import apply_defaults
 
-__all__ = ["map_nothing", "plain_loop"]
+__all__ = ["map_nothing", "mapped_loop", "plain_loop"]
 
 
 def plain_loop(config: str, url: str, overrides: Sequence[str]) -> None:
@@ -36,6 +36,38 @@ def plain_loop(config: str, url: str, overrides: Sequence[str]) -> None:
         stages.commit_iteration(url, iteration, 0)
     if store.config.prior is not None:
         stages.fit_prior(url)
+
+
+def mapped_loop(config: str, url: str) -> None:
+    """Do a whole run as a loop over its stages, with shards mapped over the devices."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from pipelines import stages
+    from pipelines.config_io import load_config
+    from pipelines.runners.devices import open_devices
+    from storage_schemas.config import LocalRunner
+    from storage_schemas.run_store import RunStore
+
+    store = RunStore.create(url, load_config(config, ()))
+    runner = store.config.runner
+    assert isinstance(runner, LocalRunner), "this machine is measured"
+    with open_devices(runner) as pool, ThreadPoolExecutor(pool.size) as threads:
+        stages.prepare_observations(url)
+        stages.fit_start(url)
+        for iteration in range(store.config.iterations):
+            plan = stages.lay_out_iteration(url, iteration)
+            given = (plan["config_digest"], plan["parent_digest"])
+            shards = [
+                threads.submit(pool.call, "e_step_shard", url, iteration, shard, *given)
+                for shard in range(plan["shards"])
+            ]
+            for shard in shards:
+                shard.result()
+            digest = stages.reconstructions_digest(url, iteration)
+            pool.call("refine_model", url, iteration, given[0], digest)
+            model = stages.model_digest(url, iteration)
+            pool.call("evaluate_iteration", url, iteration, given[0], model)
+            stages.commit_iteration(url, iteration, 0)
 
 
 def nothing(run_url: str, shard: int) -> dict[str, Any]:

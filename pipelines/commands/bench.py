@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipelines.commands.options import JsonOption, SetOption
 from pipelines.commands.talking import mistakes_end_here, print_json
+
+if TYPE_CHECKING:
+    from storage_schemas.config import RunConfig
 
 __all__ = ["bench"]
 
@@ -53,11 +56,14 @@ def orchestration(
     ] = "deploy/experiments/digits.yaml",
     set_: SetOption = None,
     server: Annotated[
-        bool, typer.Option(help="Measure shards on a Prefect server of its own as well.")
+        bool, typer.Option(help="Measure on a Prefect server of its own as well.")
     ] = True,
     ray: Annotated[
         bool, typer.Option("--ray", help="Measure shards on Ray as well (needs the extra ray).")
     ] = False,
+    rounds: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Measure each way so often, in turns.")
+    ] = 1,
     json_: JsonOption = False,
 ) -> None:
     """A run through Prefect against a plain loop, and what a shard costs."""
@@ -66,10 +72,115 @@ def orchestration(
 
     with mistakes_end_here():
         load_config(config, set_ or [])
-        result = bench_orchestration(config, tuple(set_ or ()), server=server, ray=ray)
+        result = bench_orchestration(
+            config, tuple(set_ or ()), server=server, ray=ray, rounds=rounds
+        )
     if json_:
         print_json(result.model_dump(mode="json"))
     else:
         from pipelines.bench.tables import print_orchestration
 
         print_orchestration(result)
+
+
+@bench.command()
+def growth(json_: JsonOption = False) -> None:
+    """Time and memory of the pipeline on 1,000, 10,000 and 100,000 small images."""
+    from pipelines.bench.growth import bench_growth
+
+    result = bench_growth()
+    if json_:
+        print_json(result.model_dump(mode="json"))
+    else:
+        from pipelines.bench.growth import print_growth
+
+        print_growth(result)
+
+
+_ConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="CONFIG",
+        help="Measure this experiment's network.  [default: the paper's U-Net and a small one]",
+    ),
+]
+_SecondsOption = Annotated[
+    float, typer.Option("--seconds", min=0.0, metavar="S", help="Measure each thing so long.")
+]
+
+
+@bench.command()
+def core(
+    config: _ConfigOption = None,
+    set_: SetOption = None,
+    seconds: _SecondsOption = 10.0,
+    json_: JsonOption = False,
+) -> None:
+    """Networks, beside the machine's own ceilings."""
+    with mistakes_end_here():
+        given = _given(config, set_)
+        from pipelines.bench.core import bench_core
+
+        result = bench_core(given, seconds=seconds)
+    if json_:
+        print_json(result.model_dump(mode="json"))
+    else:
+        from pipelines.bench.speed_tables import print_core
+
+        print_core(result)
+
+
+@bench.command("e-step")
+def e_step(
+    config: _ConfigOption = None,
+    set_: SetOption = None,
+    seconds: _SecondsOption = 10.0,
+    json_: JsonOption = False,
+) -> None:
+    """Drawing reconstructions: sampler, noise and network."""
+    with mistakes_end_here():
+        given = _given(config, set_)
+        from pipelines.bench.e_step import bench_e_step
+
+        result = bench_e_step(given, seconds=seconds)
+    if json_:
+        print_json(result.model_dump(mode="json"))
+    else:
+        from pipelines.bench.speed_tables import print_e_step
+
+        print_e_step(result)
+
+
+@bench.command("m-step")
+def m_step(
+    config: _ConfigOption = None,
+    set_: SetOption = None,
+    seconds: _SecondsOption = 10.0,
+    json_: JsonOption = False,
+) -> None:
+    """Gradient steps: examples, loss, gradient, optimizer, average."""
+    with mistakes_end_here():
+        given = _given(config, set_)
+        from pipelines.bench.m_step import bench_m_step
+
+        result = bench_m_step(given, seconds=seconds)
+    if json_:
+        print_json(result.model_dump(mode="json"))
+    else:
+        from pipelines.bench.speed_tables import print_m_step
+
+        print_m_step(result)
+
+
+def _given(config: str | None, overrides: list[str] | None) -> RunConfig | None:
+    """Load the config that is to be measured, if one is."""
+    if config is None:
+        if overrides:
+            raise ValueError(
+                f"--set {overrides[0]} changes a config but none was given; add --config CONFIG"
+            )
+        return None
+    from pipelines.config_io import load_config
+
+    return load_config(config, overrides or [])

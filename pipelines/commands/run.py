@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from pipelines.commands.options import ConfigArgument, SetOption, StoreOption
-from pipelines.commands.talking import DONE, FAILED, mistakes_end_here, say
+from pipelines.commands.talking import DONE, FAILED, MISTAKE, mistakes_end_here, say
 
 if TYPE_CHECKING:
     from storage_schemas.config import RunConfig
@@ -21,7 +21,18 @@ def run(
     set_: SetOption = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print the resolved config and the plan; write nothing."),
+        typer.Option(
+            "--dry-run",
+            help="Print the resolved config, the plan and its cost, measured here for some "
+            "seconds; write nothing.",
+        ),
+    ] = False,
+    calibration: Annotated[
+        bool,
+        typer.Option(help="Measure this machine for the cost that --dry-run prints."),
+    ] = True,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print what --dry-run finds as one JSON object.")
     ] = False,
     take_over: Annotated[
         bool,
@@ -55,8 +66,11 @@ def run(
         from pipelines.plan import print_plan
 
         with mistakes_end_here():
-            print_plan(resolved, url)
+            print_plan(resolved, url, calibrate=calibration, as_json=json_)
         return
+    if json_:
+        say("diffem: --json goes with --dry-run; see --json-logs, and `diffem status --json`")
+        raise typer.Exit(MISTAKE)
     _execute(
         resolved,
         url,

@@ -71,9 +71,9 @@ def test_what_is_no_run_is_refused(command: str, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
-    result = CliRunner().invoke(
-        app, ["run", DIGITS, "--store", str(tmp_path / "run"), "--dry-run", "--set", "seed=7"]
-    )
+    store = str(tmp_path / "run")
+    options = ["--store", store, "--dry-run", "--no-calibration", "--set", "seed=7"]
+    result = CliRunner().invoke(app, ["run", DIGITS, *options])
     assert result.exit_code == 0, result.output
     assert "seed: 7" in result.stdout
     assert "shards per E-step" in result.stdout

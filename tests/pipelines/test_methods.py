@@ -231,10 +231,15 @@ def test_the_network_may_see_the_gaussian_mean(tiny_config: Path, tmp_path: Path
     "overrides",
     [
         ["m_step.validation={fraction: 0.1, every: 2, patience: 1}", "m_step.batch_size=4"],
-        ["e_step.refresh=0.5"],
-        ["start={kind: mmps, laps: 1, gaussian: {iterations: 4}}"],
-        ["condition=gaussian_mean"],
-        ["prior={kind: unconditional, steps: 10, batch_size: 16, samples: 64}"],
+        pytest.param(["e_step.refresh=0.5"], marks=pytest.mark.slow),
+        pytest.param(
+            ["start={kind: mmps, laps: 1, gaussian: {iterations: 4}}"], marks=pytest.mark.slow
+        ),
+        ["condition=gaussian_posterior"],
+        pytest.param(
+            ["prior={kind: unconditional, steps: 10, batch_size: 16, samples: 64}"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_interrupted_and_resumed_it_ends_with_the_same_bytes(
