@@ -18,7 +18,7 @@ from storage_schemas.run_store import RunStore
 
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", Path("deploy/tutorial.md").read_text(), re.DOTALL)
 SMALL = (
-    "--set iterations=1 --set m_step.steps=30 --set m_step.first_steps=30 --set prior.samples=32 "
+    "--set iterations=1 --set m_step.steps=30 --set m_step.first_steps=200 --set prior.samples=32 "
     "--set evaluation.reconstructions=64 --set runner.threads=1"
 )
 """What makes the run small; nothing else of the tutorial is changed."""
