@@ -13,7 +13,6 @@ from torch import Tensor
 from diffem_core.augmentation import Augmentation
 from diffem_core.rates import constant_rate, cosine_rate, linear_rate
 from diffem_core.validation import Validation
-from pipelines.build.allocator import keep_freed_memory
 from pipelines.runners.devices import THREADS_VARIABLE
 from storage_schemas import config as models
 
@@ -49,8 +48,6 @@ def build_device(config: models.RunnerConfig) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if device.type == "cpu":
-        keep_freed_memory()
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"runner.device is {config.device!r} but this machine has "

@@ -116,6 +116,7 @@ def test_a_killed_run_leaves_no_process_behind(
         assert not in_session(process.pid)
 
 
+@pytest.mark.slow
 def test_no_server_where_one_is_named_is_told_with_the_remedy(
     tmp_path: Path, tiny_config: Path, home: dict[str, str]
 ) -> None:

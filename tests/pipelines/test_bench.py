@@ -48,6 +48,7 @@ def test_an_s3_server_is_started_measured_and_stopped(tmp_path: Path) -> None:
     assert not loopback_s3._answers(int(endpoint.rpartition(":")[2]))
 
 
+@pytest.mark.slow
 def test_the_whole_benchmark_is_one_object_or_four_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

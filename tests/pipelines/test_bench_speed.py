@@ -1,9 +1,6 @@
 """What `diffem bench core`, `e-step` and `m-step` measure and print."""
 
-import ctypes
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -124,31 +121,3 @@ def test_overrides_need_a_config() -> None:
     result = CliRunner().invoke(app, ["bench", "core", "--set", "precision=bfloat16"])
     assert result.exit_code == 2
     assert "none was given; add --config CONFIG" in result.stderr
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="needs glibc")
-@pytest.mark.parametrize("kept", [True, False])
-def test_freed_memory_serves_the_next_tensor(kept: bool) -> None:
-    # Blocks of 48 MiB are taken from the system each time, unless they are kept.
-    program = (
-        "import resource, numpy as np\n"
-        "from pipelines.build.allocator import keep_freed_memory\n"
-        f"assert {kept} == ({kept} and keep_freed_memory())\n"
-        "def fill():\n"
-        "    np.ones(6 * 2**20)\n"
-        "fill()\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "for _ in range(5): fill()\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
-    )
-    environment = {"PATH": "", "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    faults = int(done.stdout)
-    # 12,288 pages a block; larger pages, where the system gives them, make them fewer.
-    assert faults < 50 if kept else faults > 50, faults

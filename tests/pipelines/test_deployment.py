@@ -43,6 +43,7 @@ def begun(one_iteration: Path, tmp_path: Path) -> Path:
     return shutil.copytree(one_iteration, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_flow_run_stops_at_a_commit_and_the_next_one_goes_on(
     tiny_config: Path, tmp_path: Path
 ) -> None:

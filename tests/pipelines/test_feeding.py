@@ -85,6 +85,7 @@ print([line.split()[1] for line in status.splitlines() if line.startswith("RssAn
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.slow
 def test_what_does_not_fit_the_budget_is_not_held_in_memory(tmp_path: Path) -> None:
     from tests.storage.tiny_run import PROVENANCE, make_blocks, make_config, write_start
 

@@ -563,6 +563,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, at: int, *arguments: object) ->
     assert "the same command goes on where this one stopped" in result.stderr
 
 
+@pytest.mark.slow
 def test_what_is_corrupted_goes_on_with_the_same_random_numbers(
     small_shards: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

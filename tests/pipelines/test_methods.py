@@ -202,6 +202,7 @@ def test_what_is_kept_out_never_trains(
     assert [step for step, _ in losses["validation"]] == [5, 10, 12]
 
 
+@pytest.mark.slow
 def test_the_network_may_see_the_gaussian_mean(tiny_config: Path, tmp_path: Path) -> None:
     plain, shown = tmp_path / "plain", tmp_path / "shown"
     overrides = [
