@@ -68,7 +68,9 @@ class Denoiser(nn.Module):
         c_noise = sigma_t.log()
 
         def network(x: Tensor) -> Tensor:
-            if self.precision == torch.float32:
+            # Tensors without values (meta) know no autocast; their shapes are the same without.
+            plain = not torch.amp.is_autocast_available(x.device.type)
+            if plain or self.precision == torch.float32:
                 output: Tensor = self.network(x, c_noise, condition)
             else:
                 with torch.autocast(x.device.type, self.precision):

@@ -165,6 +165,10 @@ CASES = {
         {"condition": "gaussian_mean", "start": {"kind": "pseudo_inverse"}},
         "take start.kind 'gaussian' or 'mmps'",
     ),
+    "a condition that cannot be dropped": (
+        {"condition": "gaussian_posterior", "prior": {"kind": "joint"}},
+        "cannot be dropped; take 'unconditional'",
+    ),
     "annealing upwards": (
         {"e_step": {"sampler": {"kind": "ddim", "steps": 3}, "annealing": {"first": 4}}},
         "begins with fewer steps",
@@ -217,6 +221,8 @@ def test_it_is_refused_before_anything_is_written(case: str, tmp_path: Path) -> 
         {"method": "em-mmps", "mmps": {"covariance": "cov_x"}},
         {"prior": {"kind": "joint"}, "start": {"kind": "mmps", "laps": 1}},
         {"channel": {**TINY["channel"], "operators": "observed"}},
+        {"precision": "bfloat16"},
+        {"condition": "gaussian_posterior"},
     ],
 )
 def test_others_are_not(changes: dict[str, object], tmp_path: Path) -> None:
