@@ -31,6 +31,7 @@ from diffem_core.gaussian_low_rank import fit_low_rank
 from diffem_core.gaussian_prior import GaussianPrior
 from diffem_core.gaussian_systems import (
     Solver,
+    System,
     Systems,
     blocks,
     noise_variance,
@@ -219,8 +220,11 @@ class GaussianPosterior:
         parts = []
         for rows in self._systems.chunks(len(y)):
             system = self._systems.build(rows_of(params, rows), len(y[rows]))
-            parts.append(self.prior.mean + system.gain(system.residual(y[rows], self.prior.mean)))
+            parts.append(self._mean(system, y[rows]))
         return torch.cat(parts).reshape(len(y), *self.channel.x_shape).to(y.dtype)
+
+    def _mean(self, system: System, y: Tensor) -> Tensor:
+        return self.prior.mean + system.gain(system.residual(y, self.prior.mean))
 
     def moments(
         self, y: Tensor, params: Mapping[str, Tensor], *, full: bool = False
@@ -249,7 +253,7 @@ class GaussianPosterior:
         means, spreads = [], []
         for rows in self._systems.chunks(len(y)):
             system = self._systems.build(rows_of(params, rows), len(y[rows]))
-            means.append(self.prior.mean + system.gain(system.residual(y[rows], self.prior.mean)))
+            means.append(self._mean(system, y[rows]))
             if full:
                 left = system.covariances()
                 scale = left.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)

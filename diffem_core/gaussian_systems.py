@@ -79,7 +79,29 @@ class System(Protocol):
         ...
 
 
-class _SelectedSystem:
+class _Factorized:
+    """What is left of the covariance, S - W'W with W = L^-1 A S, where G = L L' is factorized."""
+
+    covariance: Tensor
+    cholesky: Tensor
+
+    def observed(self) -> Tensor:
+        """Compute A S."""
+        raise NotImplementedError
+
+    def variances(self) -> Tensor:
+        return self.covariance.diagonal() - self._white().square().sum(-2)
+
+    def covariances(self) -> Tensor:
+        white = self._white()
+        return self.covariance - white.mT @ white
+
+    def _white(self) -> Tensor:
+        white: Tensor = torch.linalg.solve_triangular(self.cholesky, self.observed(), upper=False)
+        return white
+
+
+class _SelectedSystem(_Factorized):
     """G_i for operators that select entries: the seen ones, padded to the longest sample."""
 
     def __init__(self, covariance: Tensor, variance: float, seen: Tensor) -> None:
@@ -117,20 +139,11 @@ class _SelectedSystem:
     def log_density(self, residual: Tensor) -> Tensor:
         return _log_density(residual, self.cholesky, self.valid.sum(1))
 
-    def variances(self) -> Tensor:
-        return self.covariance.diagonal() - self._explained().square().sum(1)
-
-    def covariances(self) -> Tensor:
-        explained = self._explained()
-        return self.covariance - explained.mT @ explained
-
-    def _explained(self) -> Tensor:
-        seen = self.covariance[self.order] * self.valid.unsqueeze(2)
-        white: Tensor = torch.linalg.solve_triangular(self.cholesky, seen, upper=False)
-        return white
+    def observed(self) -> Tensor:
+        return self.covariance[self.order] * self.valid.unsqueeze(2)
 
 
-class _DenseSystem:
+class _DenseSystem(_Factorized):
     """G_i for operators that are given as one dense matrix per sample."""
 
     def __init__(self, covariance: Tensor, variance: float, matrix: Tensor) -> None:
@@ -162,20 +175,11 @@ class _DenseSystem:
             residual, self.cholesky, torch.full_like(residual[:, 0], residual.shape[1])
         )
 
-    def variances(self) -> Tensor:
-        return self.covariance.diagonal() - self._explained().square().sum(1)
-
-    def covariances(self) -> Tensor:
-        explained = self._explained()
-        return self.covariance - explained.mT @ explained
-
-    def _explained(self) -> Tensor:
-        seen = self.matrix @ self.covariance
-        white: Tensor = torch.linalg.solve_triangular(self.cholesky, seen, upper=False)
-        return white
+    def observed(self) -> Tensor:
+        return self.matrix @ self.covariance
 
 
-class _SharedSystem:
+class _SharedSystem(_Factorized):
     """G for an operator that is the same for all samples: one factorization serves all."""
 
     def __init__(self, covariance: Tensor, variance: float, matrix: Tensor) -> None:
@@ -208,14 +212,13 @@ class _SharedSystem:
         return density
 
     def variances(self) -> Tensor:
-        return self.covariances().diagonal(dim1=1, dim2=2)
+        return super().variances().expand(self.count, -1)
 
     def covariances(self) -> Tensor:
-        white = torch.linalg.solve_triangular(
-            self.cholesky, self.matrix @ self.covariance, upper=False
-        )
-        left: Tensor = self.covariance - white.mT @ white
-        return left.expand(self.count, -1, -1)
+        return super().covariances().expand(self.count, -1, -1)
+
+    def observed(self) -> Tensor:
+        return self.matrix @ self.covariance
 
 
 class FactorSystem:
@@ -270,22 +273,23 @@ class FactorSystem:
 
     def variances(self) -> Tensor:
         """Compute diag(C) = d h + h^2 diag(F L^-1 F') with h = 1 - d p, of shape (n, D)."""
-        left = 1 - self.diag * self.precision
-        white = torch.linalg.solve_triangular(
-            self.cholesky, self.factor.mT.expand(len(left), -1, -1), upper=False
-        )
-        variances: Tensor = self.diag * left + left.square() * white.square().sum(1)
+        left, white = self._left()
+        variances: Tensor = self.diag * left + white.square().sum(1)
         return variances
 
     def covariances(self) -> Tensor:
         """Compute C = diag(d h) + diag(h) F L^-1 F' diag(h), of shape (n, D, D)."""
+        left, white = self._left()
+        covariances: Tensor = torch.diag_embed(self.diag * left) + white.mT @ white
+        return covariances
+
+    def _left(self) -> tuple[Tensor, Tensor]:
+        """Compute h = 1 - d p, of shape (n, D), and chol(L)^-1 F' diag(h), (n, R, D)."""
         left = 1 - self.diag * self.precision
         white = torch.linalg.solve_triangular(
             self.cholesky, self.factor.mT.expand(len(left), -1, -1), upper=False
         )
-        white = white * left.unsqueeze(1)
-        covariances: Tensor = torch.diag_embed(self.diag * left) + white.mT @ white
-        return covariances
+        return left, white * left.unsqueeze(1)
 
 
 class Systems:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from diffem_core.measurement import Measurement
+from diffem_core.seeds import seeded_initialization
 
 __all__ = ["Lpips", "inception_score", "kernel_distance", "ms_ssim", "ssim"]
 
@@ -186,7 +187,7 @@ def kernel_distance(
         return Measurement.left_out(f"KID needs 2 samples on each side, there are {size}")
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    with _quiet(), _seeded(seed):
+    with _quiet(), seeded_initialization(seed):
         metric = KernelInceptionDistance(
             feature=_Given(samples.shape[1]), subsets=subsets, subset_size=size
         )
@@ -220,7 +221,7 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int) -> Measureme
         )
     from torchmetrics.image.inception import InceptionScore
 
-    with _quiet(), _seeded(seed):
+    with _quiet(), seeded_initialization(seed):
         metric = InceptionScore(feature=_Given(logits.shape[1]), splits=splits)
         metric.update(logits.double().cpu())
         mean, deviation = metric.compute()
@@ -264,13 +265,6 @@ def _offered(network: Network, backbone: Mapping[str, Tensor]) -> Iterator[None]
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchmetrics tells each time that it keeps features
-        yield
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed % 2**63)
         yield
 
 

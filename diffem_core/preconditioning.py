@@ -82,11 +82,7 @@ class EDMPreconditioning:
         condition: Tensor | None,
     ) -> Tensor:
         """Estimate E[x | x_t, y]; see `Preconditioning`."""
-        sigma = sigma_t.reshape(-1, *[1] * (x_t.ndim - 1))
-        c_in = (sigma.square() + self.sigma_data**2).rsqrt()
-        c_skip = (self.sigma_data * c_in).square()
-        c_out = sigma * self.sigma_data * c_in
-        return torch.addcmul(c_skip * x_t, c_out, network(c_in * x_t))
+        return _around_zero(network, x_t, sigma_t, self.sigma_data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +106,7 @@ class MomentsPreconditioning:
         """Estimate E[x | x_t, y]; see `Preconditioning`."""
         assert condition is not None, "the condition holds the moments"
         mean, spread = condition[:, -2 * self.bands :].chunk(2, dim=1)
-        sigma = sigma_t.reshape(-1, *[1] * (x_t.ndim - 1))
-        c_in = (sigma.square() + spread.square()).rsqrt()
-        c_skip = (spread * c_in).square()
-        c_out = sigma * spread * c_in
-        off = x_t - mean
-        return mean + torch.addcmul(c_skip * off, c_out, network(c_in * off))
+        return mean + _around_zero(network, x_t - mean, sigma_t, spread)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,3 +144,14 @@ class FactorPreconditioning:
 
         estimate = mean + spread(white)
         return estimate + sigma * spread(network(estimate).unsqueeze(2))
+
+
+def _around_zero(
+    network: Callable[[Tensor], Tensor], x_t: Tensor, sigma_t: Tensor, s: float | Tensor
+) -> Tensor:
+    """Estimate x of mean 0 and standard deviation s (EDM)."""
+    sigma = sigma_t.reshape(-1, *[1] * (x_t.ndim - 1))
+    c_in = (sigma.square() + s**2).rsqrt()
+    c_skip = (s * c_in).square()
+    c_out = sigma * s * c_in
+    return torch.addcmul(c_skip * x_t, c_out, network(c_in * x_t))
