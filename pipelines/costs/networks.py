@@ -114,8 +114,11 @@ def _sampled(
     steps = max(least, min(full, int(measuring.BUDGET / each / count)))
     long = median_of(lambda: seconds(steps, count)) if steps > least else short
     more = calls_of(steps) - calls_of(least)
-    one = (long - short) / more if more else short / calls_of(least)
-    one = min(max(one, 0.0), long / calls_of(steps))
+    one = long / calls_of(steps)
+    if (
+        more and long > short
+    ):  # Otherwise they differ by chance, and the whole is all that is known.
+        one = min((long - short) / more, one)
     sample = max(0.0, long - calls_of(steps) * one) / count
     fewer = max(1, count // 4)
     if fewer < count:
