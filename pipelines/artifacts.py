@@ -28,6 +28,7 @@ from prefect.logging import get_run_logger
 from pipelines.progress import Advance, Reporter, reporter, use_reporter
 from pipelines.stages.reporting import REPORT
 from pipelines.status import CEILING, RunStatus, StepStatus, read_status
+from storage_schemas.metrics import REFERENCES
 from storage_schemas.objects import redact_url
 from storage_schemas.run_store import RunStore
 
@@ -134,7 +135,7 @@ def show_report(store: RunStore) -> None:
 
 def _show_history(status: RunStatus) -> None:
     steps = [step for step in (status.start, *status.history) if step.state == "complete"]
-    names = [name for name in steps[-1].metrics if not name.endswith(("_floor", "_clean"))]
+    names = [name for name in steps[-1].metrics if not name.endswith(REFERENCES)]
     table = [
         {
             "iteration": "start" if step.iteration is None else f"{step.iteration:03d}",
@@ -161,7 +162,7 @@ def _in_words(
     if picture is not None:
         lines += [f"![Held-out observations, restored]({_data_uri(picture)})", ""]
     lines += [f"| | {name} | {step.iteration:03d} | better |", "|---|---|---|---|"]
-    shown = {k: m for k, m in step.metrics.items() if not k.endswith(("_floor", "_clean"))}
+    shown = {k: m for k, m in step.metrics.items() if not k.endswith(REFERENCES)}
     for key, metric in shown.items():
         lines.append(
             f"| {key.replace('_', ' ')} | {_number(before, key)} | {_number(step, key)} "

@@ -9,7 +9,12 @@ from typing import Literal
 
 from storage_schemas._base import Record
 
-__all__ = ["Metric", "Metrics"]
+__all__ = ["CARRIED", "REFERENCES", "Metric", "Metrics"]
+
+REFERENCES = ("_floor", "_clean")
+"""How names end of what a number is held against: its floor, or its value for clean samples."""
+CARRIED = (*REFERENCES, "_start")
+"""How names end of what depends on the data or the start alone."""
 
 
 class Metric(Record):

@@ -11,19 +11,19 @@ reached 500 GFLOP/s in float32; its rates are scaled by this machine's float32 c
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from diffem_core.denoiser import Denoiser
 from diffem_core.examples import denoising_loss
 from diffem_core.networks.dropout import Dropout
 from pipelines import build
-from pipelines.bench.reference import OFFICIAL_CONVOLUTION, Reference, references
+from pipelines.bench.reference import Reference, against_official, references
 from pipelines.bench.timing import Work, in_turns, median, peak_memory
+from pipelines.costs.flops import call_flops
 from storage_schemas._base import Record
 from storage_schemas.config import RunConfig
 
@@ -31,14 +31,17 @@ __all__ = [
     "Ceilings",
     "CoreBenchmark",
     "NetworkSpeed",
+    "SpeedBenchmark",
     "bench_core",
-    "call_flops",
     "convolution",
     "convolution_rate",
     "device_name",
     "measure_ceilings",
+    "over_references",
     "rate_beside",
 ]
+
+Speed = TypeVar("Speed")
 
 _CONVOLUTION = 2 * 32 * 32 * 32 * 128 * 128 * 9
 _MATMUL = 2 * 2048**3
@@ -89,13 +92,18 @@ class NetworkSpeed(Record):
     """Most memory that the process (the GPU) has had up to here."""
 
 
-class CoreBenchmark(Record):
-    """What `diffem bench core` tells."""
+class SpeedBenchmark(Record):
+    """What every benchmark of speed tells first."""
 
     device: str
     """Where it ran."""
     threads: int
     """Threads of the processor."""
+
+
+class CoreBenchmark(SpeedBenchmark):
+    """What `diffem bench core` tells."""
+
     ceilings: Ceilings
     """The machine's limits."""
     speeds: tuple[NetworkSpeed, ...]
@@ -124,6 +132,26 @@ def bench_core(config: RunConfig | None, *, seconds: float = 10.0) -> CoreBenchm
         threads=torch.get_num_threads(),
         ceilings=ceilings,
         speeds=tuple(speeds),
+    )
+
+
+def over_references(
+    config: RunConfig | None, speed: Callable[[Reference, str, torch.device], Speed]
+) -> tuple[torch.device, tuple[Speed, ...]]:
+    """Measure the networks that are asked for: a config's in its precision, or all in both.
+
+    Arguments:
+        config: The config; None for the paper's U-Net and a small one.
+        speed: What measures one network in one precision.
+
+    Returns:
+        The device, and what was measured.
+    """
+    subjects = references(config)
+    device = build.build_device(subjects[0].config.runner)
+    precisions = tuple(_TYPES) if config is None else (config.precision,)
+    return device, tuple(
+        speed(subject, precision, device) for subject in subjects for precision in precisions
     )
 
 
@@ -191,22 +219,6 @@ def rate_beside(
     return one, flops / one / 1e9, median(ratios), convolution_rate(median(taken["float32"])) / 1e9
 
 
-def call_flops(denoiser: Denoiser, x: Tensor, condition: Tensor | None) -> int:
-    """Count the multiplications and additions of one call for one sample.
-
-    PyTorch's counter does not know the processor's fused attention, so that attention is computed
-    as two products here.
-    """
-    one = None if condition is None else condition[:1]
-    with (
-        FlopCounterMode(display=False) as counter,
-        sdpa_kernel(SDPBackend.MATH),
-        torch.inference_mode(),
-    ):
-        denoiser(x[:1], torch.ones(1, device=x.device), one)
-    return int(counter.get_total_flops())
-
-
 def device_name(device: torch.device) -> str:
     """Name the GPU, or say that it is a processor."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "processor"
@@ -249,9 +261,6 @@ def _speed(
         found = rate_beside(learn, 3 * n * flops, device, precision, seconds=seconds)
     one, rate, ratio, convolution_float32 = found
     official = subject.official_sampling if work == "sampling" else subject.official_training
-    scaled = None
-    if official is not None and device.type == "cpu":
-        scaled = n / one / (official * convolution_float32 / OFFICIAL_CONVOLUTION)
     return NetworkSpeed(
         network=subject.name,
         work=work,
@@ -262,6 +271,6 @@ def _speed(
         images_s=n / one,
         gflop_s=rate,
         of_ceiling=ratio,
-        against_official=scaled,
+        against_official=against_official(n / one, official, convolution_float32, device),
         peak_mb=peak_memory(device),
     )

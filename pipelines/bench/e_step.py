@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from diffem_core.noise import SampleNoise
 from pipelines import build
-from pipelines.bench.core import call_flops, device_name, rate_beside
-from pipelines.bench.reference import OFFICIAL_CONVOLUTION, Reference, references
+from pipelines.bench.core import SpeedBenchmark, device_name, over_references, rate_beside
+from pipelines.bench.reference import Reference, against_official
 from pipelines.bench.timing import in_turns, median, peak_memory
+from pipelines.costs.flops import call_flops
 from storage_schemas._base import Record
 from storage_schemas.config import RunConfig
 
@@ -42,13 +45,9 @@ class EStepSpeed(Record):
     """Most memory that the process (the GPU) has had up to here."""
 
 
-class EStepBenchmark(Record):
+class EStepBenchmark(SpeedBenchmark):
     """What `diffem bench e-step` tells."""
 
-    device: str
-    """Where it ran."""
-    threads: int
-    """Threads of the processor."""
     speeds: tuple[EStepSpeed, ...]
     """The configs, in the precisions measured."""
 
@@ -61,20 +60,15 @@ def bench_e_step(config: RunConfig | None, *, seconds: float = 10.0) -> EStepBen
             precisions, with 4 steps.
         seconds: How long to measure each, at least three batches.
     """
-    subjects = references(config)
-    device = build.build_device(subjects[0].config.runner)
-    precisions = ("float32", "bfloat16") if config is None else (config.precision,)
-    speeds = [
-        _speed(subject, precision, device, seconds)
-        for subject in subjects
-        for precision in precisions
-    ]
+    device, speeds = over_references(config, functools.partial(_speed, seconds=seconds))
     return EStepBenchmark(
-        device=device_name(device), threads=torch.get_num_threads(), speeds=tuple(speeds)
+        device=device_name(device), threads=torch.get_num_threads(), speeds=speeds
     )
 
 
-def _speed(subject: Reference, precision: str, device: torch.device, seconds: float) -> EStepSpeed:
+def _speed(
+    subject: Reference, precision: str, device: torch.device, *, seconds: float
+) -> EStepSpeed:
     config = subject.config.model_copy(update={"precision": precision})
     channel = build.build_channel(config.channel, config.data.x_shape)
     channel = build.build_conditioning_channel(config, channel, build.stand_in_prior(channel))
@@ -104,10 +98,7 @@ def _speed(subject: Reference, precision: str, device: torch.device, seconds: fl
         seconds=seconds,
     )
     noise_time = median(in_turns({"noise": draw_noise}, device, seconds=0.0)["noise"])
-    scaled = None
-    if subject.official_sampling is not None and device.type == "cpu":
-        official = subject.official_sampling * convolution_float32 / OFFICIAL_CONVOLUTION
-        scaled = n * calls / one / official
+    official = subject.official_sampling
     return EStepSpeed(
         network=subject.name,
         precision=precision,
@@ -118,6 +109,6 @@ def _speed(subject: Reference, precision: str, device: torch.device, seconds: fl
         gflop_s=rate,
         of_ceiling=ratio,
         noise=noise_time / one,
-        against_official=scaled,
+        against_official=against_official(n * calls / one, official, convolution_float32, device),
         peak_mb=peak_memory(device),
     )

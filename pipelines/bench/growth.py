@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from pipelines.bench.layout import wide_console
 from storage_schemas._base import Record
 from storage_schemas.objects import ObjectStore
 from storage_schemas.observations import ObservationBlock, write_observations
@@ -141,8 +141,7 @@ def bench_growth(
 
 def print_growth(result: GrowthBenchmark) -> None:
     """Print what was measured."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=150)
+    console = wide_console(150)
     title = f"Growth; {result.cpus} processors, load {result.load:.1f}"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     headings = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 
 import torch
@@ -9,9 +10,16 @@ import torch
 from diffem_core.m_step import m_step
 from diffem_core.training import TrainingState
 from pipelines import build
-from pipelines.bench.core import call_flops, convolution, convolution_rate, device_name
-from pipelines.bench.reference import OFFICIAL_CONVOLUTION, Reference, references
+from pipelines.bench.core import (
+    SpeedBenchmark,
+    convolution,
+    convolution_rate,
+    device_name,
+    over_references,
+)
+from pipelines.bench.reference import Reference, against_official
 from pipelines.bench.timing import median, peak_memory, seconds_of
+from pipelines.costs.flops import call_flops
 from storage_schemas._base import Record
 from storage_schemas.config import RunConfig
 
@@ -48,13 +56,9 @@ class MStepSpeed(Record):
     """Most memory that the process (the GPU) has had up to here."""
 
 
-class MStepBenchmark(Record):
+class MStepBenchmark(SpeedBenchmark):
     """What `diffem bench m-step` tells."""
 
-    device: str
-    """Where it ran."""
-    threads: int
-    """Threads of the processor."""
     speeds: tuple[MStepSpeed, ...]
     """The configs, in the precisions measured."""
 
@@ -67,20 +71,15 @@ def bench_m_step(config: RunConfig | None, *, seconds: float = 10.0) -> MStepBen
             precisions.
         seconds: How long to measure each, at least four steps.
     """
-    subjects = references(config)
-    device = build.build_device(subjects[0].config.runner)
-    precisions = ("float32", "bfloat16") if config is None else (config.precision,)
-    speeds = [
-        _speed(subject, precision, device, seconds)
-        for subject in subjects
-        for precision in precisions
-    ]
+    device, speeds = over_references(config, functools.partial(_speed, seconds=seconds))
     return MStepBenchmark(
-        device=device_name(device), threads=torch.get_num_threads(), speeds=tuple(speeds)
+        device=device_name(device), threads=torch.get_num_threads(), speeds=speeds
     )
 
 
-def _speed(subject: Reference, precision: str, device: torch.device, seconds: float) -> MStepSpeed:
+def _speed(
+    subject: Reference, precision: str, device: torch.device, *, seconds: float
+) -> MStepSpeed:
     config = subject.config.model_copy(update={"precision": precision})
     channel = build.build_channel(config.channel, config.data.x_shape)
     prior = build.stand_in_prior(channel)
@@ -139,10 +138,7 @@ def _speed(subject: Reference, precision: str, device: torch.device, seconds: fl
         3 * n * flops / step / convolution_rate(conv)
         for step, (conv, _) in zip(taken, ceilings, strict=True)
     ]
-    scaled = None
-    if subject.official_training is not None and device.type == "cpu":
-        reached = convolution_rate(median([plain_time for _, plain_time in ceilings])) / 1e9
-        scaled = n / one / (subject.official_training * reached / OFFICIAL_CONVOLUTION)
+    reached = convolution_rate(median([plain_time for _, plain_time in ceilings])) / 1e9
     return MStepSpeed(
         network=subject.name,
         precision=precision,
@@ -153,6 +149,6 @@ def _speed(subject: Reference, precision: str, device: torch.device, seconds: fl
         gflop_s=3 * n * flops / one / 1e9,
         of_ceiling=median(ratios),
         waiting=result.waited / sum(taken),
-        against_official=scaled,
+        against_official=against_official(n / one, subject.official_training, reached, device),
         peak_mb=peak_memory(device),
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from storage_schemas.config import RunConfig
 
-__all__ = ["OFFICIAL_CONVOLUTION", "Reference", "references"]
+__all__ = ["OFFICIAL_CONVOLUTION", "Reference", "against_official", "references"]
 
 OFFICIAL_CONVOLUTION = 500.0
 """GFLOP/s of the float32 convolution where the official implementation was measured."""
@@ -26,6 +28,25 @@ class Reference:
     """Images per second of the official implementation's training."""
     official_sampling: float | None = None
     """Images times calls per second of its sampling."""
+
+
+def against_official(
+    rate: float, official: float | None, convolution: float, device: torch.device
+) -> float | None:
+    """Hold a rate against the official implementation's, scaled by the float32 convolution.
+
+    Arguments:
+        rate: The rate here.
+        official: The official one; None where it is not known.
+        convolution: The convolution's GFLOP/s here, in float32.
+        device: Where; the official rates are of a processor.
+
+    Returns:
+        The ratio; None where nothing can be compared.
+    """
+    if official is None or device.type != "cpu":
+        return None
+    return rate / (official * convolution / OFFICIAL_CONVOLUTION)
 
 
 def references(config: RunConfig | None) -> tuple[Reference, ...]:

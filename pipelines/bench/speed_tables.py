@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from pipelines.bench.core import CoreBenchmark
 from pipelines.bench.e_step import EStepBenchmark
+from pipelines.bench.layout import new_table, wide_console
 from pipelines.bench.m_step import MStepBenchmark
 
 __all__ = ["print_core", "print_e_step", "print_m_step"]
@@ -15,7 +14,7 @@ __all__ = ["print_core", "print_e_step", "print_m_step"]
 
 def print_core(result: CoreBenchmark) -> None:
     """Print what was measured."""
-    table = _table(
+    table = new_table(
         f"Ceilings of this machine ({_where(result.device, result.threads)})", "", "GFLOP/s"
     )
     found = result.ceilings
@@ -25,7 +24,7 @@ def print_core(result: CoreBenchmark) -> None:
     table.add_row("matrices 2048, bfloat16", f"{found.matmul_bfloat16:,.0f}")
     table.add_row("memory, GB/s", f"{found.memory_gb_s:,.1f}")
     _print(table)
-    table = _table(
+    table = new_table(
         "Networks",
         *("network", "work", "precision", "batch", "GFLOP/image", "images/s", "GFLOP/s"),
         *("of ceiling", "official", "peak MB"),
@@ -48,7 +47,7 @@ def print_core(result: CoreBenchmark) -> None:
 
 def print_e_step(result: EStepBenchmark) -> None:
     """Print what was measured."""
-    table = _table(
+    table = new_table(
         f"Drawing reconstructions ({_where(result.device, result.threads)})",
         *("network", "precision", "batch", "calls", "images/s", "images x calls/s", "GFLOP/s"),
         *("of ceiling", "noise", "official", "peak MB"),
@@ -72,7 +71,7 @@ def print_e_step(result: EStepBenchmark) -> None:
 
 def print_m_step(result: MStepBenchmark) -> None:
     """Print what was measured."""
-    table = _table(
+    table = new_table(
         f"Gradient steps ({_where(result.device, result.threads)})",
         *("network", "precision", "batch", "ms/step", "images/s", "GFLOP/s", "of ceiling"),
         *("waiting", "official", "peak MB"),
@@ -101,13 +100,5 @@ def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.1f} x"
 
 
-def _table(title: str, *headings: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
-    return table
-
-
 def _print(table: Table) -> None:
-    console = Console()
-    (console if console.is_terminal else Console(width=140)).print(table)
+    wide_console(140).print(table)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
+from pipelines.bench.layout import new_table, wide_console
 from pipelines.bench.orchestration import OrchestrationBenchmark
 from pipelines.bench.storage import StorageBenchmark
 from storage_schemas.objects import redact_url
@@ -15,9 +12,8 @@ __all__ = ["print_orchestration", "print_storage"]
 
 def print_orchestration(result: OrchestrationBenchmark) -> None:
     """Print what was measured."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=120)
-    table = _table(
+    console = wide_console(120)
+    table = new_table(
         f"The same run, {result.config}; {result.rounds} rounds, load {result.load:.1f}",
         *("where", "start s", "work s", "ratio", "work processor s", "ratio"),
     )
@@ -31,7 +27,7 @@ def print_orchestration(result: OrchestrationBenchmark) -> None:
             f"{way.cpu_ratio:.3f}",
         )
     console.print(table)
-    table = _table("A shard that does nothing", "where", "ms per shard", "MB per 1,000 shards")
+    table = new_table("A shard that does nothing", "where", "ms per shard", "MB per 1,000 shards")
     for cost in result.shards:
         table.add_row(cost.where, f"{cost.milliseconds:.1f}", f"{cost.memory_mb:.1f}")
     console.print(table)
@@ -39,9 +35,8 @@ def print_orchestration(result: OrchestrationBenchmark) -> None:
 
 def print_storage(result: StorageBenchmark) -> None:
     """Print what was measured."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=120)
-    table = _table("Codecs, one shard in memory", "codec", "ratio", "write MB/s", "read MB/s")
+    console = wide_console(120)
+    table = new_table("Codecs, one shard in memory", "codec", "ratio", "write MB/s", "read MB/s")
     for codec in result.codecs:
         table.add_row(
             codec.codec,
@@ -50,7 +45,7 @@ def print_storage(result: StorageBenchmark) -> None:
             f"{codec.read_mb_s:,.0f}",
         )
     console.print(table)
-    table = _table(
+    table = new_table(
         "Stores; batches of 256 random samples",
         *("place", "samples", "MB", "objects", "ratio", "write MB/s", "read MB/s"),
         *("batches/s", "peak MB", "requests"),
@@ -83,7 +78,7 @@ def print_storage(result: StorageBenchmark) -> None:
         f"for 50,000: {result.growth:.2f} times",
         highlight=False,
     )
-    table = _table(
+    table = new_table(
         "Training, batches of 64: waiting for data",
         *("samples", "MB", "step ms, memory", "step ms, file", "waiting, memory"),
         "waiting, file",
@@ -98,13 +93,6 @@ def print_storage(result: StorageBenchmark) -> None:
             f"{feed.file_waiting:.2%}",
         )
     console.print(table)
-
-
-def _table(title: str, *headings: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
-    return table
 
 
 def _rate(value: float) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
+
+from pipelines.costs.peaks import highest_memory
 
 __all__ = ["Work", "in_turns", "median", "peak_memory", "seconds_of"]
 
@@ -81,11 +82,4 @@ def peak_memory(device: torch.device) -> float:
     """Return the most memory, in MB, that this process has had so far: the GPU's, or its own."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    found = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(found.split()[1]) * 1024 / 1e6
+    return highest_memory() / 1e6

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -10,9 +11,12 @@ from pipelines.commands.options import JsonOption, SetOption
 from pipelines.commands.talking import mistakes_end_here, print_json
 
 if TYPE_CHECKING:
+    from storage_schemas._base import Record
     from storage_schemas.config import RunConfig
 
 __all__ = ["bench"]
+
+Result = TypeVar("Result", bound="Record")
 
 bench = typer.Typer(
     name="bench",
@@ -41,12 +45,9 @@ def storage(
 
     with mistakes_end_here():
         result = bench_storage(url, s3=s3)
-    if json_:
-        print_json(result.model_dump(mode="json"))
-    else:
-        from pipelines.bench.tables import print_storage
+    from pipelines.bench.tables import print_storage
 
-        print_storage(result)
+    _tell(result, json_, print_storage)
 
 
 @bench.command()
@@ -75,12 +76,9 @@ def orchestration(
         result = bench_orchestration(
             config, tuple(set_ or ()), server=server, ray=ray, rounds=rounds
         )
-    if json_:
-        print_json(result.model_dump(mode="json"))
-    else:
-        from pipelines.bench.tables import print_orchestration
+    from pipelines.bench.tables import print_orchestration
 
-        print_orchestration(result)
+    _tell(result, json_, print_orchestration)
 
 
 @bench.command()
@@ -89,12 +87,9 @@ def growth(json_: JsonOption = False) -> None:
     from pipelines.bench.growth import bench_growth
 
     result = bench_growth()
-    if json_:
-        print_json(result.model_dump(mode="json"))
-    else:
-        from pipelines.bench.growth import print_growth
+    from pipelines.bench.growth import print_growth
 
-        print_growth(result)
+    _tell(result, json_, print_growth)
 
 
 _ConfigOption = Annotated[
@@ -123,12 +118,9 @@ def core(
         from pipelines.bench.core import bench_core
 
         result = bench_core(given, seconds=seconds)
-    if json_:
-        print_json(result.model_dump(mode="json"))
-    else:
-        from pipelines.bench.speed_tables import print_core
+    from pipelines.bench.speed_tables import print_core
 
-        print_core(result)
+    _tell(result, json_, print_core)
 
 
 @bench.command("e-step")
@@ -144,12 +136,9 @@ def e_step(
         from pipelines.bench.e_step import bench_e_step
 
         result = bench_e_step(given, seconds=seconds)
-    if json_:
-        print_json(result.model_dump(mode="json"))
-    else:
-        from pipelines.bench.speed_tables import print_e_step
+    from pipelines.bench.speed_tables import print_e_step
 
-        print_e_step(result)
+    _tell(result, json_, print_e_step)
 
 
 @bench.command("m-step")
@@ -165,12 +154,17 @@ def m_step(
         from pipelines.bench.m_step import bench_m_step
 
         result = bench_m_step(given, seconds=seconds)
+    from pipelines.bench.speed_tables import print_m_step
+
+    _tell(result, json_, print_m_step)
+
+
+def _tell(result: Result, json_: bool, print_table: Callable[[Result], None]) -> None:
+    """Print what was measured: as one object, or as tables."""
     if json_:
         print_json(result.model_dump(mode="json"))
     else:
-        from pipelines.bench.speed_tables import print_m_step
-
-        print_m_step(result)
+        print_table(result)
 
 
 def _given(config: str | None, overrides: list[str] | None) -> RunConfig | None:

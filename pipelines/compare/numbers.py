@@ -9,12 +9,10 @@ from typing import Literal
 from pipelines.compare.contenders import LABELS, Contender, LeftOut, Method
 from pipelines.status import RunStatus, StageStatus, StepStatus
 from storage_schemas._base import Record
-from storage_schemas.metrics import Metric
+from storage_schemas.metrics import CARRIED, REFERENCES, Metric
 
 __all__ = ["Cell", "Comparison", "MethodReport", "Outcome", "Row", "collect", "result_of"]
 
-_REFERENCES = ("_floor", "_clean")
-_SUFFIXES = (*_REFERENCES, "_start")
 _COLLAPSE = Metric(value=0.0, long_name="1 for a warning of a collapse", better="lower")
 
 
@@ -117,7 +115,7 @@ def result_of(contender: Contender, status: RunStatus) -> Outcome:
         if name in ("fit", "e_step", "m_step")
     )
     steps = sum(found["m_step"].units for found in stages if "m_step" in found)
-    metrics = {k: m for k, m in step.metrics.items() if not k.endswith(_SUFFIXES)}
+    metrics = {k: m for k, m in step.metrics.items() if not k.endswith(CARRIED)}
     return Outcome(
         method=contender.method,
         seed=contender.seed,
@@ -127,7 +125,7 @@ def result_of(contender: Contender, status: RunStatus) -> Outcome:
         gradient_steps=steps,
         seconds=seconds,
         metrics=metrics,
-        references={k: m for k, m in step.metrics.items() if k.endswith(_REFERENCES)},
+        references={k: m for k, m in step.metrics.items() if k.endswith(REFERENCES)},
     )
 
 
@@ -198,7 +196,7 @@ def _row(
         cells[method] = _cell(found, first)
         first = cells[method].values if first is None else first
     reference = None
-    for suffix in _REFERENCES:
+    for suffix in REFERENCES:
         known = [
             next(
                 (

@@ -1,15 +1,18 @@
-"""Counting the arithmetic of a network, without computing anything."""
+"""Counting the arithmetic of a network."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffem_core.channel import Channel
+from diffem_core.denoiser import Denoiser
 from pipelines import build
 from storage_schemas.config import CustomNetwork, RunConfig
 
-__all__ = ["network_flops"]
+__all__ = ["call_flops", "network_flops"]
 
 
 def network_flops(config: RunConfig, channel: Channel, *, conditional: bool = True) -> int | None:
@@ -38,6 +41,20 @@ def network_flops(config: RunConfig, channel: Channel, *, conditional: bool = Tr
     if conditional and channel.condition_channels:
         shape = (1, channel.condition_channels, *channel.x_shape[1:])
         condition = torch.zeros(shape, device=device)
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        denoiser(x, torch.ones(1, device=device), condition)
+    return call_flops(denoiser, x, condition)
+
+
+def call_flops(denoiser: Denoiser, x: Tensor, condition: Tensor | None) -> int:
+    """Count the multiplications and additions of one call for one sample.
+
+    PyTorch's counter does not know the processor's fused attention, so that attention is computed
+    as two products here.
+    """
+    one = None if condition is None else condition[:1]
+    with (
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+        torch.inference_mode(),
+    ):
+        denoiser(x[:1], torch.ones(1, device=x.device), one)
     return int(counter.get_total_flops())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Peak", "base_memory", "peak_memory"]
+__all__ = ["Peak", "base_memory", "highest_memory", "peak_memory"]
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
@@ -27,7 +27,12 @@ class Peak:
 
 def base_memory() -> int:
     """Return the bytes that this process takes now."""
-    return _status("VmRSS:") or _highest()
+    return _status("VmRSS:") or _used()
+
+
+def highest_memory() -> int:
+    """Return the most bytes that this process has taken so far."""
+    return _status("VmHWM:") or _used()
 
 
 @contextlib.contextmanager
@@ -48,7 +53,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         _RESET.write_text("5")
     before = base_memory()
     yield peak
-    peak.bytes = max(0, (_status("VmHWM:") or _highest()) - before)
+    peak.bytes = max(0, highest_memory() - before)
 
 
 def _status(key: str) -> int:
@@ -60,6 +65,6 @@ def _status(key: str) -> int:
     return int(text.partition(key)[2].split()[0]) * 1024
 
 
-def _highest() -> int:
+def _used() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from diffem_core.measurement import Measurement
-from storage_schemas.metrics import Metric
+from storage_schemas.metrics import CARRIED, Metric
 
 __all__ = ["as_measurement", "as_metric", "finite", "left_out", "taken_over"]
 
@@ -51,8 +51,7 @@ def left_out(reason: str) -> Metric:
 
 def taken_over(floors: Mapping[str, Metric] | None) -> dict[str, Metric]:
     """Return what depends on the data or the start alone among metrics."""
-    suffixes = ("_floor", "_clean", "_start")
-    return {name: metric for name, metric in (floors or {}).items() if name.endswith(suffixes)}
+    return {name: metric for name, metric in (floors or {}).items() if name.endswith(CARRIED)}
 
 
 def finite(value: float) -> float | None:

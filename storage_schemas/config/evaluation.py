@@ -8,6 +8,7 @@ from pydantic import Field, JsonValue, PositiveFloat, PositiveInt, field_validat
 
 from storage_schemas._base import Count, Record
 from storage_schemas.config.metrics import MetricConfig
+from storage_schemas.metrics import CARRIED
 
 __all__ = [
     "ClassifierMonitor",
@@ -258,7 +259,7 @@ class EvaluationConfig(Record):
                 f"evaluation.metrics holds {', '.join(twice)} more than once; give another name"
             )
         for name in names:
-            if name in _TAKEN or name.endswith(("_floor", "_clean", "_start")):
+            if name in _TAKEN or name.endswith(CARRIED):
                 raise ValueError(
                     f"evaluation.metrics holds the name {name!r}, which something else has or "
                     "belongs to something else; give another name"
