@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from storage_schemas.config import RunConfig
 from storage_schemas.redaction import redact_url, without_secrets
 
-__all__ = ["ConfigError", "load_config", "parse_override"]
+__all__ = ["ConfigError", "load_config", "parse_override", "with_runner"]
 
 # A config of this package has some 100 values, 5 deep. Aliases count each time they are used.
 _DEEPEST = 32
@@ -83,6 +83,35 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         path, value = parse_override(override)
         _assign(data, path, value, override)
+    return _checked(data, shown)
+
+
+def with_runner(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """Return the config of a run that exists, to be worked with elsewhere than it was made.
+
+    Arguments:
+        config: The run's config.
+        overrides: Assignments `runner.key=value`, applied in order; values are YAML. Another
+            `runner.kind` begins with its defaults.
+
+    Raises:
+        ConfigError: One is about something else than the runner, or there is no such runner.
+    """
+    data = config.model_dump(mode="json")
+    for override in overrides:
+        path, value = parse_override(override)
+        if path[0] != "runner" or len(path) == 1:
+            raise ConfigError(
+                f"--set received {override!r}, but of a run that exists only where it is worked "
+                "with can be chosen: give runner.KEY=VALUE, such as runner.workers=2"
+            )
+        if path == ["runner", "kind"] and value != data["runner"]["kind"]:
+            data["runner"] = {}
+        _assign(data, path, value, override)
+    return _checked(data, "the run's config, with --set,")
+
+
+def _checked(data: dict[str, Any], shown: str) -> RunConfig:
     _require_plain(data, shown)
     try:
         return RunConfig.model_validate(data)

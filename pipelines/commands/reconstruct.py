@@ -93,6 +93,15 @@ def reconstruct(
         ),
     ] = None,
     device: DeviceOption = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="runner.KEY=VALUE",
+            help="Draw elsewhere than the run was made, such as runner.workers=2 or "
+            "runner.kind=ray; may be repeated.",
+        ),
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Restore new observations, with their uncertainty."""
@@ -100,6 +109,7 @@ def reconstruct(
         from pipelines.config_io import load_config
         from pipelines.ingest.request import parse_params, parse_shape
         from pipelines.using import reconstruct as work
+        from pipelines.using.request import ReconstructRequest
 
         if using not in ("posterior", "prior"):
             raise ValueError(f"--using is {using!r}; give posterior or prior")
@@ -109,7 +119,7 @@ def reconstruct(
                 "samples are, CONFIG's channel what made the observations of them; give both, or "
                 "none for the run's own channel"
             )
-        request = work.ReconstructRequest(
+        request = ReconstructRequest(
             run=run,
             observations=observations,
             out=out,
@@ -121,6 +131,7 @@ def reconstruct(
             seed=seed,
             batch_size=batch_size,
             device=device,
+            overrides=tuple(set_ or ()),
             y=y,
             params=parse_params(param or []),
             x_shape=None if x_shape is None else parse_shape(x_shape),

@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, assert_never
+from typing import Any, Protocol, assert_never
 
 from pipelines.runners.distributed import training_workers
 from storage_schemas.config import LocalRunner, RayRunner
 from storage_schemas.config import RunnerConfig as Config
 
-__all__ = ["open_runner", "shard_resources", "task_runner", "trains_from_here"]
+__all__ = [
+    "Pool",
+    "fan_out",
+    "open_pool",
+    "open_runner",
+    "shard_resources",
+    "task_runner",
+    "trains_from_here",
+]
+
+_LOOK_SECONDS = 0.5
+
+
+class Pool(Protocol):
+    """What does stages side by side, outside of any flow."""
+
+    @property
+    def size(self) -> int:
+        """Stages that run side by side."""
+        ...
+
+    @property
+    def here(self) -> bool:
+        """Whether they run in this process."""
+        ...
+
+    def call(self, stage: str, *args: Any) -> Any:
+        """Do a stage and wait for it; threads may call side by side."""
+        ...
+
+    def close(self) -> None:
+        """Ask whatever runs to end at its next resumable point."""
+        ...
 
 
 def open_runner(config: Config) -> AbstractContextManager[Any]:
@@ -62,3 +96,48 @@ def trains_from_here(config: Config) -> bool:
     cluster it would hold some of them and wait for the rest.
     """
     return isinstance(config, RayRunner) and training_workers(config) > 1
+
+
+def open_pool(config: Config) -> AbstractContextManager[Pool]:
+    """Return a context in which stages can be done where a run's shards are, without a flow."""
+    match config:
+        case LocalRunner():
+            from pipelines.runners.devices import open_devices
+
+            return open_devices(config)
+        case RayRunner():
+            from pipelines.runners.ray import open_cluster_pool
+
+            return open_cluster_pool(config)
+    assert_never(config)
+
+
+def fan_out(
+    pool: Pool,
+    stage: str,
+    calls: Sequence[tuple[Any, ...]],
+    *,
+    while_waiting: Callable[[], None],
+) -> None:
+    """Do a stage once for each of some arguments, side by side, and wait for all.
+
+    Arguments:
+        pool: Where.
+        stage: Name of the stage.
+        calls: Its arguments, JSON.
+        while_waiting: Called now and then; what it raises ends the work.
+
+    Raises:
+        BaseException: What a call or `while_waiting` raised first; the others have been ended.
+    """
+    with ThreadPoolExecutor(len(calls), thread_name_prefix="diffem-call") as threads:
+        pending = {threads.submit(pool.call, stage, *arguments) for arguments in calls}
+        try:
+            while pending:
+                done, pending = wait(pending, _LOOK_SECONDS, FIRST_EXCEPTION)
+                while_waiting()
+                for call in done:
+                    call.result()
+        except BaseException:
+            pool.close()
+            raise

@@ -9,6 +9,7 @@ process that ends under a stage fails this stage only, and another takes its pla
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import queue
 import sys
@@ -55,7 +56,10 @@ VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
 _POLL_SECONDS = 0.1
 
 # Stages that run on all devices at once.
-_SIDE_BY_SIDE = frozenset({"e_step_shard"})
+_SIDE_BY_SIDE = frozenset({"e_step_shard", "draw_shards"})
+
+# Stages of using a run, which are no part of it: where each is.
+_OF_USING = {"draw_shards": "pipelines.using.drawing"}
 
 
 class WorkerDied(RuntimeError):
@@ -110,6 +114,11 @@ class DevicePool:
     def size(self) -> int:
         """Stages that run side by side. Where there may be a GPU, asking waits for PyTorch."""
         return self._opened.result()
+
+    @property
+    def here(self) -> bool:
+        """Whether stages run in this process."""
+        return self.size == 1
 
     @property
     def pids(self) -> list[int]:
@@ -293,14 +302,16 @@ def _has_cuda(config: LocalRunner) -> bool:
 
 
 def find_stage(name: str) -> Callable[..., Any]:
-    """Find a stage by its name in `pipelines.stages`.
+    """Find a stage by its name, in `pipelines.stages` or among those of using a run.
 
     Raises:
         ValueError: There is none of this name.
     """
     from pipelines import stages
 
-    if name not in stages.__all__:
-        raise ValueError(f"there is no stage {name!r}; known are {', '.join(stages.__all__)}")
-    found: Callable[..., Any] = getattr(stages, name)
+    if name not in stages.__all__ and name not in _OF_USING:
+        known = ", ".join((*stages.__all__, *_OF_USING))
+        raise ValueError(f"there is no stage {name!r}; known are {known}")
+    module = importlib.import_module(_OF_USING.get(name, stages.__name__))
+    found: Callable[..., Any] = getattr(module, name)
     return found

@@ -17,7 +17,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import AbstractContextManager
@@ -41,9 +41,11 @@ from storage_schemas.config import RayRunner
 
 __all__ = [
     "ClusterFuture",
+    "ClusterPool",
     "ClusterTaskRunner",
     "build_ray_task_runner",
     "cluster",
+    "open_cluster_pool",
     "shard_resources",
     "train_on_cluster",
 ]
@@ -65,11 +67,12 @@ _PASSED_ON = (
 
 
 @contextlib.contextmanager
-def cluster(config: RayRunner) -> Iterator[None]:
+def cluster(config: RayRunner, *, for_flows: bool = True) -> Iterator[None]:
     """Be connected with the cluster; inside another such context, and after `ray.init`, use that.
 
     Arguments:
         config: The cluster's address.
+        for_flows: Whether its processes tell a Prefect server what they do.
 
     Raises:
         ValueError: No Prefect server is named that the nodes could reach.
@@ -78,7 +81,7 @@ def cluster(config: RayRunner) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    arguments = _init_arguments(config)
+    arguments = _init_arguments(config, for_flows=for_flows)
     _require_answer(config.address)
     # One try, which lasts 40 s: what answers there may be no Ray cluster. Ray would try 20 times.
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
@@ -139,8 +142,10 @@ def shard_resources(config: RayRunner) -> AbstractContextManager[Any]:
     return resources
 
 
-def _init_arguments(config: RayRunner) -> dict[str, Any]:
+def _init_arguments(config: RayRunner, *, for_flows: bool = True) -> dict[str, Any]:
     passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    if for_flows:
+        passed_on["PREFECT_API_URL"] = _api_url()
     threads = config.threads or max(1, int(config.cpus_per_shard))
     return {
         "address": config.address,
@@ -150,7 +155,6 @@ def _init_arguments(config: RayRunner) -> dict[str, Any]:
         "runtime_env": {
             "env_vars": {
                 **passed_on,
-                "PREFECT_API_URL": _api_url(),
                 THREADS_VARIABLE: str(threads),
             }
         },
@@ -250,15 +254,36 @@ class ClusterFuture(PrefectRayFuture[Any]):  # type: ignore[misc]
             CancelledRun: An end was asked for, and the task did not come to a resumable point in
                 some seconds. What it did since the last one is lost, no more.
         """
-        limit = math.inf if timeout is None else time.monotonic() + timeout
-        while not ray.wait([self.wrapped_future], timeout=_POLL_SECONDS)[0]:
-            if time.monotonic() > limit:
-                return
-            reason = cancellation.requested()
-            if reason is not None and time.monotonic() > _told(reason) + GRACE_SECONDS:
-                ray.cancel(self.wrapped_future, force=True)
-                raise CancelledRun(reason)
-        super().wait(timeout)
+        try:
+            if _wait(self.wrapped_future, cancellation.requested, timeout):
+                super().wait(timeout)
+        except cancellation.Cancelled as cancelled:
+            raise CancelledRun(str(cancelled)) from None
+
+
+def _wait(task: Any, ended_for: Callable[[], str | None], timeout: float | None = None) -> bool:
+    """Wait for a task of the cluster; when an end is asked for, tell it, and do not wait long.
+
+    Arguments:
+        task: Ray's reference to its result.
+        ended_for: Returns why an end was asked for; None if nobody did.
+        timeout: Seconds to wait at most.
+
+    Returns:
+        Whether it is done.
+
+    Raises:
+        Cancelled: It did not come to a resumable point in some seconds.
+    """
+    limit = math.inf if timeout is None else time.monotonic() + timeout
+    while not ray.wait([task], timeout=_POLL_SECONDS)[0]:
+        if time.monotonic() > limit:
+            return False
+        reason = ended_for()
+        if reason is not None and time.monotonic() > _told(reason) + GRACE_SECONDS:
+            ray.cancel(task, force=True)
+            raise cancellation.Cancelled(reason)
+    return True
 
 
 _asked: dict[str, float] = {}
@@ -294,6 +319,75 @@ class ClusterTaskRunner(RayTaskRunner[Any]):  # type: ignore[misc]
     def _run_prefect_task(*args: Any, **kwargs: Any) -> Any:
         with _heeding():
             return RayTaskRunner._run_prefect_task(*args, **kwargs)
+
+
+# ---------------------------------------------------------------------------- outside of any flow
+
+
+class ClusterPool:
+    """Does stages as tasks of the cluster, without a flow; a task whose node dies starts again.
+
+    Arguments:
+        config: The resources of a shard.
+    """
+
+    here = False
+
+    def __init__(self, config: RayRunner) -> None:
+        self._config = config
+        self._reason: str | None = None
+        self._task = ray.remote(
+            num_cpus=config.cpus_per_shard, num_gpus=config.gpus_per_shard, max_calls=0
+        )(_stage_of_cluster)
+
+    @property
+    def size(self) -> int:
+        """Shards for which the cluster has the resources now, one at least."""
+        there = ray.cluster_resources()
+        wanted = {"CPU": self._config.cpus_per_shard, "GPU": self._config.gpus_per_shard}
+        room = [there.get(name, 0.0) / amount for name, amount in wanted.items() if amount]
+        return max(1, int(min(room)))
+
+    def call(self, stage: str, *args: Any) -> Any:
+        """Do a stage on the cluster and wait for it; threads may call side by side.
+
+        Raises:
+            Cancelled: The pool was closed.
+            BaseException: What the stage raises.
+        """
+        task = self._task.remote(stage, args)
+        _wait(task, lambda: self._reason)
+        try:
+            found = ray.get(task)
+        except RayError as error:
+            raise _original(error) from error
+        if "cancelled" in found:
+            raise cancellation.Cancelled(found["cancelled"])
+        return found["result"]
+
+    def close(self) -> None:
+        """Ask what runs to end at its next resumable point."""
+        self._reason = self._reason or "the command ended"
+
+
+@contextlib.contextmanager
+def open_cluster_pool(config: RayRunner) -> Iterator[ClusterPool]:
+    """Be connected with the cluster, without a Prefect server.
+
+    Raises:
+        ConnectionError: There is no cluster at the address, or it does not let this process in.
+    """
+    with cluster(config, for_flows=False):
+        yield ClusterPool(config)
+
+
+def _stage_of_cluster(stage: str, args: Sequence[Any]) -> dict[str, Any]:
+    """Do a stage as a task; what is cancelled is a result, so that Ray does not start it again."""
+    with _heeding():
+        try:
+            return {"result": find_stage(stage)(*args)}
+        except cancellation.Cancelled as cancelled:
+            return {"cancelled": str(cancelled)}
 
 
 # --------------------------------------------------------------------------------------- training

@@ -85,8 +85,12 @@ class Incoming:
     def __len__(self) -> int:
         return len(self.sample_ids)
 
-    def blocks(self, rows: int) -> Iterator[Block]:
-        """Yield all observations in order, `rows` at a time; the last block may be shorter.
+    def blocks(self, rows: int, first: int = 0) -> Iterator[Block]:
+        """Yield the observations in order, `rows` at a time; the last block may be shorter.
+
+        Arguments:
+            rows: Observations of a block.
+            first: The block to begin with; what is before it is not read.
 
         Raises:
             ValueError: They cannot be read, or one is not finite.
@@ -287,12 +291,14 @@ class _Stored(Incoming):
     def block_rows(self) -> int:
         return self._rows  # one object: the least that is decoded
 
-    def blocks(self, rows: int) -> Iterator[Block]:
+    def blocks(self, rows: int, first: int = 0) -> Iterator[Block]:
         # Objects are decoded whole: as many rows as one holds are read at a time.
         held: Block | None = None
-        for start in range(0, len(self), self._rows):
+        begin = first * rows
+        ahead = begin % self._rows
+        for start in range(begin - ahead, len(self), self._rows):
             block = self._read(slice(start, min(start + self._rows, len(self))))
-            held = block if held is None else _joined(held, block)
+            held = _part(block, slice(ahead, None)) if held is None else _joined(held, block)
             while len(held) >= rows:
                 yield _part(held, slice(0, rows))
                 held = _part(held, slice(rows, None))
@@ -325,12 +331,14 @@ class _Streamed(Incoming):
             units=source.units,
         )
 
-    def blocks(self, rows: int) -> Iterator[Block]:
+    def blocks(self, rows: int, first: int = 0) -> Iterator[Block]:
         roles = {"": self._y, **self._params}
+        begin = first * rows
         streams = {
-            name: recut(role.array.pieces(rows, len(self)), rows) for name, role in roles.items()
+            name: recut(role.array.pieces(rows, len(self), begin), rows)
+            for name, role in roles.items()
         }
-        for start in range(0, len(self), rows):
+        for start in range(begin, len(self), rows):
             found = {
                 name: role.converted(next(streams[name]), start) for name, role in roles.items()
             }

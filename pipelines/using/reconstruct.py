@@ -10,108 +10,33 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from pipelines.progress import reporter, stage
-from pipelines.using.arguments import require_positive
-from pipelines.using.incoming import Block, Incoming, Survey, opened_observations, survey
+from pipelines.progress import reporter
+from pipelines.runners.choice import fan_out, open_pool
+from pipelines.using.drawing import build_posterior, draw, opened_for, opened_run
+from pipelines.using.incoming import Block, Incoming, Survey, survey
 from pipelines.using.likeness import PROBE, Likeness, compare, compare_simulated
-from pipelines.using.run import Run, RunPosterior, open_run, summarized
+from pipelines.using.request import ReconstructRequest
+from pipelines.using.run import Run, RunPosterior
 from pipelines.using.under_prior import SOLVER_ITERATIONS
 from storage_schemas._base import Record
-from storage_schemas.config import RunConfig
 from storage_schemas.lease import RunLease
 from storage_schemas.objects import ObjectStore, redact_url
 from storage_schemas.posterior_store import DrawPlan, DrawStore, Summary
 from storage_schemas.provenance import collect_provenance
 
-__all__ = ["ReconstructRequest", "ReconstructSummary", "parse_summaries", "reconstruct"]
+__all__ = ["ReconstructSummary", "parse_summaries", "reconstruct"]
 
 LEVELS = (0.05, 0.5, 0.95)
 """Levels of the quantiles that are kept."""
 _SHARD_BYTES = 2**25
 _LARGEST_SHARD = 512
 _SUMMARIES: tuple[Summary, ...] = ("mean", "std", "quantiles")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReconstructRequest:
-    """What `diffem reconstruct` was asked for."""
-
-    run: str
-    """Path or fsspec URL of the run."""
-    observations: str
-    """What `diffem ingest` reads or wrote."""
-    out: str
-    """Path or fsspec URL of the draws."""
-    draws: int = 16
-    """Draws of each observation."""
-    steps: int | None = None
-    """Steps of the sampler; those of the run's config by default."""
-    summaries: tuple[Summary, ...] | None = None
-    """What is kept beside the draws; mean and standard deviation by default."""
-    keep_draws: bool = True
-    """Whether the draws themselves are kept."""
-    iteration: int | Literal["best"] = -1
-    """EM iteration of the model; the last complete one by default."""
-    seed: int = 0
-    """Seed of all draws."""
-    batch_size: int | None = None
-    """Samples per network call; that of the run's config by default. Changes no number beyond
-    rounding."""
-    device: str | None = None
-    """Where to compute; as the run's config says by default."""
-    y: str | None = None
-    """Name of the array of observations."""
-    params: Mapping[str, str] = field(default_factory=dict)
-    """Names of the arrays of operator parameters, by the channel's name for each."""
-    x_shape: tuple[int, ...] | None = None
-    """Shape of a clean sample; only compared with the run's."""
-    channels_last: bool = False
-    """Whether the bands of images are the last axis."""
-    limit: int | None = None
-    """Use only the first observations."""
-    channel: RunConfig | None = None
-    """A config whose channel made the observations, to be inverted with the prior; None takes
-    the run's posterior."""
-    solver_iterations: int | None = None
-    """Iterations of conjugate gradients per step, with the prior."""
-
-    def __post_init__(self) -> None:
-        for name in ("draws", "steps", "batch_size", "solver_iterations"):
-            require_positive(f"--{name.replace('_', '-')}", getattr(self, name))
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed is {self.seed}; give 0 or a positive integer")
-        if self.channel is None and self.solver_iterations is not None:
-            raise ValueError(
-                "--solver-iterations is for sampling with the prior; leave it out, or give "
-                "--using prior --channel CONFIG"
-            )
-        if self.channel is not None and self.iteration != -1:
-            raise ValueError(
-                "--iteration chooses an EM iteration's posterior, but the prior is made after the "
-                "last one; leave it out"
-            )
-        if self.draws == 1 and "std" in (self.summaries or ()):
-            raise ValueError("--summary std needs at least 2 draws but --draws is 1; give more")
-        if not self.keep_draws and not self.kept_summaries:
-            raise ValueError(
-                "--no-draws without a summary would keep nothing; give --summary mean"
-            )
-
-    @property
-    def kept_summaries(self) -> tuple[Summary, ...]:
-        """What is kept beside the draws."""
-        if self.summaries is not None:
-            return self.summaries
-        return ("mean", "std") if self.draws > 1 else ()
 
 
 class ReconstructSummary(Record):
@@ -159,17 +84,9 @@ def reconstruct(request: ReconstructRequest) -> ReconstructSummary:
     began = time.monotonic()
     objects = ObjectStore(request.out)
     store = DrawStore(objects)
-    run = open_run(request.run, device=request.device)
-    posterior = _posterior(run, request)
-    with opened_observations(
-        request.observations,
-        posterior.channel,
-        y=request.y,
-        params=request.params,
-        x_shape=request.x_shape,
-        channels_last=request.channels_last,
-        limit=request.limit,
-    ) as incoming:
+    run = opened_run(request)
+    posterior = build_posterior(run, request)
+    with opened_for(request, posterior) as incoming:
         seen = survey(incoming, probe=PROBE)
         plan = _plan(run, posterior, request, incoming, seen)
         store.require_same(plan)
@@ -183,7 +100,7 @@ def reconstruct(request: ReconstructRequest) -> ReconstructSummary:
             reused = plan.shards - len(missing)
             if missing:
                 objects.delete("draws.json")
-                _draw(store, plan, posterior, request, incoming, missing, lease)
+                _draw(run, store, plan, posterior, request, incoming, missing, lease)
             if store.manifest() is None:
                 lease.check()
                 store.seal(attributes, {"likeness": likeness.model_dump(mode="json")})
@@ -216,15 +133,6 @@ def parse_summaries(text: str) -> tuple[Summary, ...]:
                 f"{', '.join(_SUMMARIES)}, or none"
             )
     return tuple(name for name in _SUMMARIES if name in names)
-
-
-def _posterior(run: Run, request: ReconstructRequest) -> RunPosterior:
-    if request.channel is None:
-        return run.posterior(request.iteration)
-    return run.posterior_under_prior(
-        request.channel.channel,
-        solver_iterations=request.solver_iterations or SOLVER_ITERATIONS,
-    )
 
 
 def _likeness(run: Run, posterior: RunPosterior, probe: Block) -> Likeness:
@@ -292,6 +200,7 @@ def _attributes(
 
 
 def _draw(
+    run: Run,
     store: DrawStore,
     plan: DrawPlan,
     posterior: RunPosterior,
@@ -300,43 +209,36 @@ def _draw(
     missing: set[int],
     lease: RunLease,
 ) -> None:
-    total = plan.samples * request.draws
-    undone = sum(stop - start for start, stop in (plan.rows(shard) for shard in missing))
-    done = total - undone * request.draws
-    with stage("drawing", total=total, unit="draws", done=done) as advance:
-        for shard, block in enumerate(incoming.blocks(plan.shard_size)):
-            if shard not in missing:
-                continue
-            began = time.perf_counter()
-            start, stop = plan.rows(shard)
-            drawn = posterior.sample(
-                block.y,
-                block.params,
-                draws=request.draws,
-                seed=request.seed,
-                steps=request.steps,
-                batch_size=request.batch_size,
-                numbers=incoming.sample_ids[start:stop].tolist(),
-                on_progress=advance,
-            )
-            lease.check()
-            arrays = _arrays(plan, drawn)
-            store.write_shard(shard, arrays, seconds=time.perf_counter() - began)
+    """Draw the missing shards, here or side by side wherever the run's runner works."""
+    with open_pool(run.config.runner) as pool:
+        parts = _parts(sorted(missing), pool.size)
+        undone = sum(stop - start for start, stop in map(plan.rows, missing)) * request.draws
+        done = plan.samples * request.draws - undone
+        if len(parts) == 1 and pool.here:
+            draw(store, plan, posterior, request, incoming, missing, done=done, lease=lease)
+            return
+        encoded = _pinned(request, run, posterior, incoming).encoded()
+        of = [f"drawing · part {number} of {len(parts)}" for number in range(1, len(parts) + 1)]
+        calls = [(encoded, part, title) for part, title in zip(parts, of, strict=True)]
+        fan_out(pool, "draw_shards", calls, while_waiting=lease.check)
 
 
-def _arrays(plan: DrawPlan, drawn: torch.Tensor) -> dict[str, NDArray[Any]]:
-    """Bring draws (draws, n, *x_shape) and their summaries to the store's order."""
-    summary = summarized(drawn, plan.levels)
-    found: dict[str, NDArray[Any]] = {}
-    if plan.kept:
-        found["x_hat"] = drawn.transpose(0, 1).numpy()
-    for name in plan.summaries:
-        match name:
-            case "mean":
-                found[name] = summary.mean.numpy()
-            case "std":
-                assert summary.std is not None, "a single draw has none, and is refused"
-                found[name] = summary.std.numpy()
-            case "quantiles":
-                found[name] = np.moveaxis(summary.quantiles.numpy(), 0, 1)
-    return found
+def _parts(shards: list[int], workers: int) -> list[list[int]]:
+    """Divide shards into runs of neighbours, one for each worker, as equal as can be."""
+    return [part.tolist() for part in np.array_split(shards, min(workers, len(shards)))]
+
+
+def _pinned(
+    request: ReconstructRequest, run: Run, posterior: RunPosterior, incoming: Incoming
+) -> ReconstructRequest:
+    """Name the model, the observations and the places so that no process can find others."""
+    return replace(
+        request,
+        run=run.url,
+        out=ObjectStore(request.out).url,
+        observations=str(Path(request.observations).absolute())
+        if Path(request.observations).exists()
+        else request.observations,
+        iteration=posterior.iteration if request.channel is None else -1,
+        limit=len(incoming),
+    )

@@ -29,6 +29,7 @@ from diffem_core.e_step import e_step
 from diffem_core.posterior import DiffusionPrior, Posterior
 from diffem_core.seeds import derive_seed
 from pipelines import build
+from pipelines.config_io import with_runner
 from pipelines.stages.bench import Bench
 from pipelines.using import under_prior
 from pipelines.using.arguments import Array, checked_observations, require_positive
@@ -49,26 +50,23 @@ Levels = tuple[float, ...]
 _LEVELS: Levels = (0.05, 0.5, 0.95)
 
 
-def open_run(url: str, *, device: str | None = None) -> Run:
+def open_run(url: str, *, device: str | None = None, overrides: Sequence[str] = ()) -> Run:
     """Open a run for use; nothing of it is changed.
 
     Arguments:
         url: Path or fsspec URL of a run, finished or going on.
         device: `cpu`, `cuda`, `cuda:N` or `auto`; that of the run's config by default.
+        overrides: Where to work, as assignments `runner.key=value`; as the run did by default.
 
     Returns:
         The run.
 
     Raises:
-        ValueError: There is no run, or no such device.
+        ValueError: There is no run, or no such device or runner.
     """
     store = RunStore.open(url)
-    config = store.config
-    if device is not None:
-        given = config.model_dump(mode="json")
-        given["runner"]["device"] = device
-        config = RunConfig.model_validate(given)
-    return Run(store, config)
+    chosen = [*overrides, *([] if device is None else [f"runner.device={device}"])]
+    return Run(store, with_runner(store.config, chosen) if chosen else store.config)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -293,6 +293,34 @@ def test_an_m_step_of_two_processes_of_the_cluster(
 
 
 @pytest.mark.slow
+def test_new_observations_are_restored_on_the_cluster_with_the_bytes_of_one_machine(
+    cluster: Cluster, local: Path, tmp_path: Path, quiet: dict[str, str]
+) -> None:
+    observations = RunStore.open(str(local)).observations("train")
+    y, mask = observations.y(slice(0, 200)), observations.params(slice(0, 200))["mask"]
+    np.savez(tmp_path / "new.npz", y=np.tile(y, (6, 1, 1, 1)), mask=np.tile(mask, (6, 1, 1, 1)))
+    command = [sys.executable, "-m", "pipelines.cli", "reconstruct", str(local)]
+    command += [str(tmp_path / "new.npz"), "--draws", "2"]
+    run([*command, str(tmp_path / "here")], quiet)
+    with cluster.second():
+        cluster.wait_for(2)
+        # No Prefect server is needed for that.
+        said = run([*command, str(tmp_path / "there"), *on_cluster(cluster), "--json"], quiet)
+    assert "3 of 3 shards drawn" in said
+    assert '"reused": 0' in said
+    here, there = (
+        {
+            str(path.relative_to(tmp_path / place)): path.read_bytes()
+            for path in (tmp_path / place / "draws.zarr").rglob("*")
+            if path.is_file() and "/c/" in str(path)
+        }
+        for place in ("here", "there")
+    )
+    assert len(here) >= 9, "a shard of each of three arrays, at least"
+    assert here == there
+
+
+@pytest.mark.slow
 def test_an_end_that_is_asked_for_comes_within_seconds(
     cluster: Cluster,
     local: Path,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import yaml
 from PIL import Image
 
 from pipelines.using import reconstruct as work
+from pipelines.using.drawing import draw_shards
+from pipelines.using.incoming import opened_observations
+from pipelines.using.request import ReconstructRequest
 from pipelines.using.run import Run, RunPosterior
 from tests.command_line import diffem
 from tests.conftest import TINY
@@ -324,3 +328,68 @@ def test_a_run_without_a_prior_says_how_to_get_one(
     message = refused("sample", without, tmp_path / "out", "-n", 4)
     assert "finish the run with `diffem run`" in message
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_two_workers_draw_the_bytes_of_one(
+    run: Run,  # noqa: F811
+    new: Path,
+    tmp_path: Path,
+) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    command = ("reconstruct", run.url, new, "--draws", 2)
+    assert diffem(*command, alone).exit_code == 0
+    result = diffem(*command, together, "--set", "runner.workers=2", "--json")
+    assert result.exit_code == 0, result.output
+    assert arrays_of(together) == arrays_of(alone)
+    for number, draws in ((1, 16), (2, 4)):
+        assert f"drawing · part {number} of 2: {draws} of {draws} draws" in result.stderr
+    # What is there is left, also by workers.
+    (together / "draws.json").unlink()
+    (together / "shards/00001.json").unlink()
+    result = diffem(*command, together, "--set", "runner.workers=2", "--json")
+    assert json.loads(result.stdout)["reused"] == 2
+    assert arrays_of(together) == arrays_of(alone)
+
+
+def test_a_worker_that_finds_another_model_refuses(run: Run, new: Path, tmp_path: Path) -> None:  # noqa: F811
+    request = ReconstructRequest(
+        run=run.url, observations=str(new), out=str(tmp_path / "out"), draws=1
+    )
+    assert ReconstructRequest.of(request.encoded()) == request
+    work.reconstruct(request)
+    (tmp_path / "out/shards/00000.json").unlink()
+    with pytest.raises(ValueError, match="see that all processes read the same run"):
+        draw_shards(replace(request, iteration=0).encoded(), [0], "drawing")
+    assert draw_shards(request.encoded(), [0], "drawing") == 1
+    assert draw_shards(request.encoded(), [0], "drawing") == 0
+
+
+def test_only_where_to_draw_can_be_set(run: Run, new: Path, tmp_path: Path) -> None:  # noqa: F811
+    command = ("reconstruct", run.url, new, tmp_path / "out")
+    said = refused(*command, "--set", "m_step.steps=3")
+    assert "'m_step.steps=3'" in said
+    assert "give runner.KEY=VALUE" in said
+    said = refused(*command, "--set", "runner.workers=0")
+    assert "runner.workers: received 0" in said
+    said = refused(*command, "--set", "runner.kind=ray", "--set", "runner.workers=2")
+    assert "runner.workers: unknown key" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 64])
+def test_blocks_begin_anywhere(
+    run: Run,  # noqa: F811
+    tmp_path: Path,
+    rows: int,
+) -> None:
+    np.savez(tmp_path / "all.npz", **observed(run, 40))  # type: ignore[arg-type]
+    for source in (str(tmp_path / "all.npz"), run.url):
+        with opened_observations(source, run.posterior().channel) as incoming:
+            whole = list(incoming.blocks(rows))
+            for first in range(len(whole)):
+                rest = list(incoming.blocks(rows, first))
+                assert len(rest) == len(whole) - first
+                for ours, theirs in zip(rest, whole[first:], strict=True):
+                    for name, values in theirs.arrays().items():
+                        np.testing.assert_array_equal(ours.arrays()[name], values)
