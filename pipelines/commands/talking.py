@@ -28,13 +28,14 @@ DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 def mistakes_end_here(again: str | None = None) -> Iterator[None]:
     """Turn what ends a command early into one message and an exit status.
 
-    A caller's mistake, and a run that another process writes, are 2; a failing store, damage,
-    what is not complete, numbers that are not finite and a lease that was lost are 1.
+    A caller's mistake, and a run that another process writes, are 2; a failing store or device,
+    damage, what is not complete, numbers that are not finite and a lease that was lost are 1.
 
     Arguments:
         again: What repeating the command does after Ctrl-C, which is 130 then; None leaves it to
             the caller.
     """
+    from pipelines.faults import is_fault
     from storage_schemas.errors import DamageError, IncompleteError
     from storage_schemas.lease import LeaseHeld, LeaseLost
 
@@ -50,6 +51,11 @@ def mistakes_end_here(again: str | None = None) -> Iterator[None]:
         from storage_schemas.redaction import without_secrets
 
         say(f"diffem: {without_secrets(str(error))}")
+        raise typer.Exit(FAILED) from None
+    except RuntimeError as error:
+        if not is_fault(error):
+            raise
+        say(f"diffem: {error}")
         raise typer.Exit(FAILED) from None
     except KeyboardInterrupt:
         if again is None:

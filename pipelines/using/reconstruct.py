@@ -220,7 +220,13 @@ def _draw(
         encoded = _pinned(request, run, posterior, incoming).encoded()
         of = [f"drawing · part {number} of {len(parts)}" for number in range(1, len(parts) + 1)]
         calls = [(encoded, part, title) for part, title in zip(parts, of, strict=True)]
-        fan_out(pool, "draw_shards", calls, while_waiting=lease.check)
+        fan_out(
+            pool,
+            "draw_shards",
+            calls,
+            retries=run.config.runner.retries,
+            while_waiting=lease.check,
+        )
 
 
 def _parts(shards: list[int], workers: int) -> list[list[int]]:

@@ -13,6 +13,7 @@ import xarray as xr
 import yaml
 from PIL import Image
 
+from pipelines.runners.devices import WorkerDied
 from pipelines.using import reconstruct as work
 from pipelines.using.drawing import draw_shards
 from pipelines.using.incoming import opened_observations
@@ -393,3 +394,18 @@ def test_blocks_begin_anywhere(
                 for ours, theirs in zip(rest, whole[first:], strict=True):
                     for name, values in theirs.arrays().items():
                         np.testing.assert_array_equal(ours.arrays()[name], values)
+
+
+def test_workers_that_die_are_told_without_a_traceback(
+    run: Run,  # noqa: F811
+    new: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def dies(*_: Any, **__: Any) -> None:
+        raise WorkerDied("worker 1 (processor) was ended by SIGKILL")
+
+    monkeypatch.setattr(work, "draw", dies)
+    result = diffem("reconstruct", run.url, new, tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "diffem: worker 1 (processor) was ended by SIGKILL"
