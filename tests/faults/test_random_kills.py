@@ -1,4 +1,4 @@
-"""SIGKILL at random instants: of the run, of its workers, of the Prefect server. Minutes long.
+"""SIGKILL at 30 random instants: of runs, workers, Prefect servers, Ray nodes. Minutes long.
 
 Whatever dies, the same command run again ends with the bytes of a run that nobody disturbed.
 """
@@ -21,6 +21,7 @@ from storage_schemas.verify import verify
 from tests.faults.cli import results_at, run_command, run_tiny
 from tests.prefect_server import prefect_server
 from tests.processes import children_of, in_session
+from tests.ray_cluster import QUIET, Cluster, kill_node, on_cluster, ray_cluster
 
 pytestmark = pytest.mark.slow
 
@@ -172,3 +173,52 @@ def test_the_prefect_server(
         assert "Traceback" not in said
         assert "failed to process item" not in said, "every event that was not told, in full"
     finish(tiny_config, tmp_path / "run", home, expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_node_of_the_cluster(
+    seed: int,
+    tmp_path: Path,
+    tiny_config: Path,
+    home: dict[str, str],
+    undisturbed: tuple[dict[str, str], int],
+) -> None:
+    for needed in ("ray", "prefect_ray"):
+        pytest.importorskip(needed, reason="needs the extra 'ray': pip install 'diffem[ray]'")
+    expected, _ = undisturbed
+    rng = random.Random(f"node {seed}")
+    (tmp_path / "server").mkdir()
+    url = tmp_path / "run"
+    with prefect_server(tmp_path / "server") as served, ray_cluster(home | QUIET) as cluster:
+        there = served | QUIET
+        with (
+            cluster.second() as second,
+            cluster_of_two(cluster),
+            working(tiny_config, url, there, *on_cluster(cluster)) as process,
+        ):
+            shards = rng.randrange(1, 20)
+            while process.poll() is None and shards_of(url) < shards:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 1))
+            assert process.poll() is None, "the run ended before its kill: nothing was tested"
+            kill_node(second)
+            status = process.wait(timeout=600)
+            said = url.with_suffix(".log").read_text()
+            print(
+                f"killed after {shards} of 26 shards; the run ended with {status}\n{said[-2000:]}"
+            )
+            assert status in (0, 1), "it ends by itself: done, or failed with a message"
+            assert "Traceback" not in said
+        finish(tiny_config, url, there, expected, *on_cluster(cluster))
+
+
+@contextmanager
+def cluster_of_two(cluster: Cluster) -> Iterator[None]:
+    """Wait until both nodes answer."""
+    cluster.wait_for(2)
+    yield
+
+
+def shards_of(url: Path) -> int:
+    """Count the shards that a run has written, in all iterations."""
+    return len(list(url.glob("iterations/*/shards/*.json")))

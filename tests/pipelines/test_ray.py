@@ -12,11 +12,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 
@@ -24,60 +21,29 @@ from storage_schemas.config import RayRunner
 from storage_schemas.run_store import RunStore
 from storage_schemas.verify import verify
 from tests.faults.cli import results_at, run_command
+from tests.prefect_server import prefect_server
+from tests.ray_cluster import (
+    QUIET,
+    Cluster,
+    free_port,
+    kill_node,
+    on_cluster,
+    ray_cluster,
+    started,
+)
 
 for needed in ("ray", "prefect_ray"):
     pytest.importorskip(needed, reason="needs the extra 'ray': pip install 'diffem[ray]'")
 
-BIN = Path(sys.executable).parent
 # Once PyTorch has been imported, a shard of these takes half a second.
 SLOW = ["e_step.shard_size=10", "e_step.sampler.steps=60", "iterations=1"]
 TIMEOUT = 480
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def started(*command: str, log: Path, environment: dict[str, str]) -> Iterator[int]:
-    """Run a program that serves, as long as it is needed."""
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
-    try:
-        yield process.pid
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def descendants(pid: int) -> Iterator[tuple[int, str]]:
-    """Process numbers and names of all that a process has started."""
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in map(int, (task / "children").read_text().split()):
-            yield child, Path(f"/proc/{child}/comm").read_text().strip()
-            yield from descendants(child)
-
-
 @pytest.fixture(scope="module")
-def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return {
-        **os.environ,
-        "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Else Ray's processes stand back behind everything else on this machine.
-        "RAY_worker_niceness": "0",
-        # A token that an earlier local cluster left in the home would be asked of all nodes.
-        "RAY_AUTH_MODE": "disabled",
-        "OMP_NUM_THREADS": "1",
-    }
+def quiet() -> dict[str, str]:
+    """The environment of nodes and commands that reach no Prefect server."""
+    return {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"} | QUIET
 
 
 @pytest.fixture(scope="module")
@@ -85,89 +51,15 @@ def environment(
     tmp_path_factory: pytest.TempPathFactory, quiet: dict[str, str]
 ) -> Iterator[dict[str, str]]:
     """The environment of the command line, with a Prefect server that it reaches."""
-    port = free_port()
-    log = tmp_path_factory.mktemp("server") / "log"
-    serve = (str(BIN / "prefect"), "server", "start", "--port", str(port), "--no-ui")
-    with started(*serve, log=log, environment=quiet):
-        url = f"http://127.0.0.1:{port}/api"
-        deadline = time.monotonic() + 180
-        while True:
-            try:
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
-            except httpx.HTTPError:
-                pass
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.5)
-        yield {**quiet, "PREFECT_API_URL": url}
-
-
-class Cluster:
-    """Two nodes of one processor each, started as a user starts them."""
-
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
-        self.address = f"127.0.0.1:{free_port()}"
-        self.folder = folder
-        self.environment = environment
-
-    @contextmanager
-    def node(self, name: str, *options: str) -> Iterator[int]:
-        command = (str(BIN / "ray"), "start", *options, "--num-cpus", "1", "--num-gpus", "0")
-        more = ("--node-ip-address", "127.0.0.1", "--block", "--disable-usage-stats")
-        log = self.folder / f"{name}.log"
-        with started(*command, *more, log=log, environment=self.environment) as pid:
-            yield pid
-
-    def head(self) -> Any:
-        port = self.address.rpartition(":")[2]
-        options = ("--head", "--port", port, "--include-dashboard", "false")
-        return self.node("head", *options, "--temp-dir", str(self.folder / "ray"))
-
-    def second(self) -> Any:
-        return self.node("second", "--address", self.address)
-
-    def wait_for(self, nodes: int) -> None:
-        """Wait until so many nodes answer."""
-        deadline = time.monotonic() + 180
-        while True:
-            code = (
-                "import ray, sys; ray.init(sys.argv[1], log_to_driver=False, logging_level=50); "
-                "print('alive', sum(n['Alive'] for n in ray.nodes()))"
-            )
-            asked = subprocess.run(
-                [sys.executable, "-c", code, self.address],
-                env=self.environment,
-                capture_output=True,
-                text=True,
-                timeout=120,
-            )
-            if f"alive {nodes}" in asked.stdout:
-                return
-            assert time.monotonic() < deadline, asked.stderr
-            time.sleep(1)
+    with prefect_server(tmp_path_factory.mktemp("server")) as served:
+        yield {**served, **QUIET}
 
 
 @pytest.fixture(scope="module")
 def cluster(quiet: dict[str, str]) -> Iterator[Cluster]:
     """A cluster whose head is there; tests start the second node."""
-    # Ray's sockets have paths of at most 107 characters.
-    folder = Path(tempfile.mkdtemp(prefix="dr-", dir="/tmp"))
-    try:
-        made = Cluster(folder, quiet)
-        with made.head():
-            yield made
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def on_cluster(cluster: Cluster, *more: str) -> list[str]:
-    overrides = (
-        "runner.kind=ray",
-        f"runner.address={cluster.address}",
-        "runner.gpus_per_shard=0",
-        *more,
-    )
-    return [part for override in overrides for part in ("--set", override)]
+    with ray_cluster(quiet) as made:
+        yield made
 
 
 def sets(overrides: list[str]) -> list[str]:
@@ -210,9 +102,7 @@ def test_a_cluster_computes_the_bytes_of_one_machine_also_when_a_node_dies(
             while len(list(shards.glob("*.json"))) < 4:
                 assert time.monotonic() < deadline, (tmp_path / "log").read_text()
                 time.sleep(0.02)
-            raylet = [p for p, name in descendants(second) if name == "raylet"]
-            assert len(raylet) == 1
-            os.kill(raylet[0], signal.SIGKILL)
+            kill_node(second)
             done = {path: path.stat().st_mtime_ns for path in shards.glob("*.json")}
             assert len(done) < 20, "the kill came too late to test anything"
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
