@@ -120,16 +120,33 @@ def e_step_shard(
     plan = folder.reconstructions()
     assert plan is not None, "the coordinator lays the array out before the fan-out"
     began = time.perf_counter()
-    config = bench.config.e_step
     rows = slice(*plan.rows(shard))
+    title = f"iteration {iteration:03d} · {{}} · shard {shard + 1}/{plan.shards}"
+    if learns_from_clean(bench.config):
+        count = rows.stop - rows.start
+        with stage(title.format("clean samples"), total=count, unit="samples") as advance:
+            x_hat = clean_samples(bench, iteration, rows)
+            advance(count)
+    else:
+        x_hat = _reconstructed(
+            bench, iteration, rows, plan.seed, parent_digest, title.format("E-step")
+        )
+    manifest = folder.write_shard(
+        shard, x_hat.numpy(), seed=plan.seed, seconds=time.perf_counter() - began
+    )
+    return {"sha256": manifest.object.sha256, "seconds": manifest.seconds, "reused": False}
+
+
+def _reconstructed(
+    bench: Bench, iteration: int, rows: slice, seed: int, parent_digest: str, title: str
+) -> torch.Tensor:
+    """Draw the reconstructions of some observations, or keep those that are not due again."""
+    config = bench.config.e_step
     given = observed(bench.store.training(iteration), rows)
-    seeds = [derive_seed(plan.seed, int(sample)) for sample in given.sample_ids]
+    seeds = [derive_seed(seed, int(sample)) for sample in given.sample_ids]
     x_hat = torch.empty((len(given), *bench.channel.x_shape))
     redrawn = torch.ones(len(given), dtype=torch.bool)
-    if learns_from_clean(bench.config):
-        x_hat.copy_(clean_samples(bench, iteration, rows))
-        redrawn[:] = False
-    elif iteration > 0 and config.refresh < 1:
+    if iteration > 0 and config.refresh < 1:
         before = bench.store.iteration(iteration - 1).read_reconstructions(rows)
         # Observations that have come since have no reconstruction yet.
         x_hat[: len(before)] = torch.from_numpy(before).float()
@@ -139,9 +156,8 @@ def e_step_shard(
             fraction=config.refresh,
             seed=bench.seed("refresh"),
         )[: len(before)]
-    name = f"iteration {iteration:03d} · E-step · shard {shard + 1}/{plan.shards}"
     wanted, drawn = int(redrawn.sum()), 0
-    with stage(name, total=wanted, unit="samples") as advance:
+    with stage(title, total=wanted, unit="samples") as advance:
 
         def on_progress(samples: int) -> None:
             nonlocal drawn
@@ -153,7 +169,7 @@ def e_step_shard(
         def on_smaller_batch(size: int) -> None:
             _fitting[bench.config.digest, iteration] = size
             reporter().note(
-                f"{name}: no memory for a larger batch, going on with batches of {size}"
+                f"{title}: no memory for a larger batch, going on with batches of {size}"
             )
 
         if redrawn.any():
@@ -167,10 +183,7 @@ def e_step_shard(
                 on_progress=on_progress,
                 on_smaller_batch=on_smaller_batch,
             )
-    manifest = folder.write_shard(
-        shard, x_hat.numpy(), seed=plan.seed, seconds=time.perf_counter() - began
-    )
-    return {"sha256": manifest.object.sha256, "seconds": manifest.seconds, "reused": False}
+    return x_hat
 
 
 def refine_model(
