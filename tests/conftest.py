@@ -1,5 +1,6 @@
 """What tests share: a quiet Prefect with a server of its own, and a run small enough for tests."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import yaml
 from pipelines.prefect_settings import apply_defaults
 
 apply_defaults()
+if "PYTEST_XDIST_WORKER" in os.environ:  # Tests side by side share the processor.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TINY = {
     "name": "tiny",
