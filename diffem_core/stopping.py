@@ -60,7 +60,7 @@ class PlateauRule:
 
     monitor: str
     patience: int = 3
-    errors: float = 1.0
+    errors: float = 0.5
     after: int = 0
     better: Literal["lower", "higher"] = "lower"
 

@@ -28,7 +28,10 @@ class BudgetStop(Record):
 
 
 class PlateauStop(Record):
-    """Stop when the monitor no longer improves by more than its error.
+    """Stop when the monitor no longer improves by a part of its error.
+
+    All iterations are judged by the same held-out observations, so that the difference of two is
+    known better than either value.
 
     Where `m_step.learning_rate.over` is `run`, a run that is stopped ends at a learning rate that
     has not yet fallen, and the last iterations, which profit from the fall, are not done.
@@ -39,7 +42,7 @@ class PlateauStop(Record):
     """What is watched."""
     patience: Steps = 3
     """Iterations in a row that are not better than the best before them."""
-    errors: NonNegativeFloat = 1.0
+    errors: NonNegativeFloat = 0.5
     """Standard errors by which an iteration has to be better to count."""
     after: NonNegativeInt = 0
     """Iterations that are done in any case."""
