@@ -1,9 +1,10 @@
 """The devices of this machine, and stages that run on whichever of them is free.
 
-Where there is one device only, stages run in this process. Otherwise each device has a process of
-its own, which sees no other GPU; a stage goes to a process that is idle. Shards, which are worked
-on side by side, have equal shares of the processor's threads; any other stage has them all. A
-process that ends under a stage fails this stage only, and another takes its place.
+Where there is one device only, stages run in this process, all in one thread. Otherwise each
+device has a process of its own, which sees no other GPU; a stage goes to a process that is idle.
+Shards, which are worked on side by side, have equal shares of the processor's threads; any other
+stage has them all. A process that ends under a stage fails this stage only, and another takes its
+place.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from pipelines import cancellation
+from pipelines.runners.work_thread import WorkThread
 from storage_schemas.config.runner import LocalRunner
 
 if TYPE_CHECKING:
@@ -90,6 +92,7 @@ class DevicePool:
         self._closed = False
         self._outer: DevicePool | None = None
         self._keeper: ThreadPoolExecutor | None = None
+        self._thread = WorkThread()
         self._opened: Future[int] = Future()
         if _one_at_most(config):
             self._opened.set_result(1)
@@ -144,7 +147,7 @@ class DevicePool:
         """
         cancellation.check()
         if self.size == 1:
-            return find_stage(stage)(*args)
+            return self._thread.call(find_stage(stage), *args)
         worker = self._take()
         try:
             self._revive(worker)
@@ -183,6 +186,7 @@ class DevicePool:
 
     def close(self) -> None:
         """End the processes: each is asked first, and killed after some seconds."""
+        self._thread.close()
         if self._closed or self._keeper is None:
             return
         self._closed = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,10 @@ def build_posterior(run: Run, request: ReconstructRequest) -> RunPosterior:
     )
 
 
-def opened_for(request: ReconstructRequest, posterior: RunPosterior) -> Any:
-    """Open the observations of a request; a context that yields `Incoming`."""
+def opened_for(
+    request: ReconstructRequest, posterior: RunPosterior
+) -> AbstractContextManager[Incoming]:
+    """Open the observations of a request."""
     return opened_observations(
         request.observations,
         posterior.channel,

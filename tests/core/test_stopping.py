@@ -17,7 +17,8 @@ def history(
     ]
 
 
-PLATEAU = PlateauRule(monitor="divergence", patience=3)
+PLATEAU = PlateauRule(monitor="divergence", patience=3, errors=1.0)
+DEFAULT = PlateauRule(monitor="divergence")
 FLOOR = FloorRule(monitor="divergence", confirm=2)
 
 CASES: dict[str, tuple[list[Point], StopRule, bool, int, str]] = {
@@ -37,6 +38,20 @@ CASES: dict[str, tuple[list[Point], StopRule, bool, int, str]] = {
         True,
         2,
         "a standard error",
+    ),
+    "lower by more than half an error, which is enough by default": (
+        history(0.9, 0.5, 0.3, 0.31, 0.295, 0.285),
+        DEFAULT,
+        False,
+        5,
+        "the last one",
+    ),
+    "lower by less than half an error": (
+        history(0.9, 0.5, 0.3, 0.31, 0.292, 0.295),
+        DEFAULT,
+        True,
+        2,
+        "0.5 standard errors",
     ),
     "noisy plateau, then an improvement": (
         history(0.9, 0.5, 0.3, 0.31, 0.29, 0.25),

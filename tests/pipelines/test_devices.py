@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -448,12 +447,12 @@ def test_a_worker_whose_parent_ended_before_it_began_ends() -> None:
 
 
 def test_one_device_needs_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "is_complete", lambda *_: threading.get_ident())
+    monkeypatch.setattr(stages, "is_complete", lambda *_: os.getpid())
     for config in (LocalRunner(device="cpu"), LocalRunner(device="auto", workers=1)):
         with open_devices(config) as one:
             assert one.size == 1
             assert one.pids == []
-            assert one.call("is_complete", "anywhere", 0) == threading.get_ident()
+            assert one.call("is_complete", "anywhere", 0) == os.getpid()
             with pytest.raises(ValueError, match="no stage 'nothing'"):
                 one.call("nothing")
             cancellation.request("test")

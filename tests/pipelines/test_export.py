@@ -133,6 +133,40 @@ def test_onnx_computes_the_same_in_its_own_runtime(
     assert result["x"].shape == (4, 1, 8, 8)
 
 
+@pytest.fixture(scope="module")
+def around(
+    tmp_path_factory: pytest.TempPathFactory, tiny_config: Path, prefect_server: None
+) -> Path:
+    """A run whose denoiser is built around the Gaussian posterior."""
+    url = tmp_path_factory.mktemp("around") / "tiny"
+    make_run(url, tiny_config, "condition=gaussian_posterior", "iterations=1")
+    return url
+
+
+@pytest.mark.parametrize("format_", ["torch-export", pytest.param("onnx", marks=needs_onnx)])
+def test_a_denoiser_around_the_gaussian_posterior_computes_the_same_elsewhere(
+    around: Path, tmp_path: Path, format_: str
+) -> None:
+    exported(around, tmp_path / "out", "--format", format_)
+    subject = choose_subject(open_run(str(around)), "posterior")
+    given = example(subject)
+    given["condition"] = given["condition"].abs() + 0.1  # standard deviations are among it
+    code = (
+        "import torch\n"
+        "model = torch.export.load('model.pt2').module()\n"
+        "tensors = [torch.from_numpy(given[n]) for n in ('x_t', 'sigma_t', 'condition')]\n"
+        "result = {'x_hat': model(*tensors).detach().numpy()}\n"
+        if format_ == "torch-export"
+        else f"exec({card_code(tmp_path / 'out')!r})\n"
+        "result = {'x_hat': session.run(None, given)[0]}\n"
+    )
+    result = alone(tmp_path / "out", code, given)
+    assert np.isfinite(result["x_hat"]).all()
+    np.testing.assert_allclose(result["x_hat"], estimates(subject, given), atol=1e-4)
+    with np.errstate(all="ignore"):  # and the preconditioning is really in it
+        assert not np.allclose(result["x_hat"], given["x_t"], atol=0.1)
+
+
 def test_safetensors_hold_the_weights_and_the_config_builds_the_denoiser(
     run: Run,  # noqa: F811
     tmp_path: Path,
