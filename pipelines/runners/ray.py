@@ -29,7 +29,7 @@ from prefect_ray import RayTaskRunner
 from prefect_ray.context import remote_options
 from prefect_ray.task_runners import PrefectRayFuture
 from ray._private.services import canonicalize_bootstrap_address
-from ray.exceptions import AuthenticationError, GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import AuthenticationError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines import cancellation
@@ -210,25 +210,24 @@ def _heeding() -> Iterator[None]:
     done = threading.Event()
 
     def heed() -> None:
-        wish = _wish()
-        while not _ask(wish) and not done.wait(_ASK_SECONDS):
-            pass
+        wish: Any = None
+        while not done.is_set():
+            try:
+                # Where its node has died, another one is made.
+                wish = wish or _wish()
+                reason = ray.get(wish.get.remote(), timeout=10 * _ASK_SECONDS)
+            except (RayError, ValueError):
+                wish, reason = None, None
+            if reason is not None:
+                cancellation.request(reason)
+                return
+            done.wait(_ASK_SECONDS)
 
     threading.Thread(target=heed, name="diffem-wish", daemon=True).start()
     try:
         yield
     finally:
         done.set()
-
-
-def _ask(wish: Any) -> bool:
-    # Whoever cannot be asked has gone, and Ray ends its job.
-    with contextlib.suppress(RayError):
-        reason = ray.get(wish.get.remote(), timeout=10 * _ASK_SECONDS)
-        if reason is not None:
-            cancellation.request(reason)
-            return True
-    return False
 
 
 # --------------------------------------------------------------------------------------- shards
@@ -293,7 +292,9 @@ def _told(reason: str) -> float:
     """Tell the job that it should end, once; return when that was."""
     job = ray.get_runtime_context().get_job_id()
     if job not in _asked:
-        ray.get(_wish().set.remote(reason))
+        # Who cannot be told, because the node of the wish has died, is cancelled by force.
+        with contextlib.suppress(RayError, ValueError):
+            ray.get(_wish().set.remote(reason), timeout=10 * _ASK_SECONDS)
         _asked[job] = time.monotonic()
     return _asked[job]
 
@@ -305,8 +306,9 @@ class ClusterTaskRunner(RayTaskRunner[Any]):  # type: ignore[misc]
         super().__enter__()
         # Tasks enter their flow's runner as well.
         if ray.get_runtime_context().get_task_id() is None:
-            # It needs a process too, and shards would be first to have theirs.
-            with contextlib.suppress(GetTimeoutError):
+            # It needs a process too, and shards would be first to have theirs. Where its node dies
+            # just now, whoever asks next makes another.
+            with contextlib.suppress(RayError, ValueError):
                 ray.get(_wish().get.remote(), timeout=_WISH_SECONDS)
         return self
 
