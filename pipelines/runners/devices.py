@@ -146,7 +146,7 @@ class DevicePool:
                 a FloatingPointError, ValueError, OSError or RuntimeError that names its type.
         """
         cancellation.check()
-        if self.size == 1:
+        if self.here:
             return self._thread.call(find_stage(stage), *args)
         worker = self._take()
         try:

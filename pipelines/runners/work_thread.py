@@ -14,6 +14,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from pipelines import cancellation
+
 __all__ = ["WorkThread"]
 
 
@@ -28,16 +30,21 @@ class WorkThread:
         """Do `work` in the thread, in the caller's context, and wait for it.
 
         Raises:
+            Cancelled: The thread takes no more calls.
             BaseException: What `work` raises.
         """
         if threading.get_ident() == self._number:
             return work(*args)
-        return self._threads.submit(contextvars.copy_context().run, self._do, work, *args).result()
+        try:
+            done = self._threads.submit(contextvars.copy_context().run, self._do, work, *args)
+        except RuntimeError:
+            raise cancellation.Cancelled("the devices were closed") from None
+        return done.result()
 
     def _do(self, work: Callable[..., Any], *args: Any) -> Any:
         self._number = threading.get_ident()
         return work(*args)
 
     def close(self) -> None:
-        """Take no more calls; one that runs goes on to its end, or to where it is cancelled."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Take no more calls; those that were taken go on, to their ends or where they stop."""
+        self._threads.shutdown(wait=False)

@@ -119,8 +119,8 @@ def draw(
             advance(draws)
             cancellation.check()
 
-        blocks = incoming.blocks(plan.shard_size, min(missing))
-        for shard, block in enumerate(blocks, min(missing)):
+        first, last = min(missing), max(missing)
+        for shard, block in enumerate(incoming.blocks(plan.shard_size, first), first):
             if shard not in missing:
                 continue
             began = time.perf_counter()
@@ -138,7 +138,7 @@ def draw(
             if lease is not None:
                 lease.check()
             store.write_shard(shard, _arrays(plan, drawn), seconds=time.perf_counter() - began)
-            if shard == max(missing):
+            if shard == last:
                 break
 
 

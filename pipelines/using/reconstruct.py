@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import JsonValue
 
+from pipelines import cancellation
 from pipelines.progress import reporter
 from pipelines.runners.choice import fan_out, open_pool
 from pipelines.using.drawing import build_posterior, draw, opened_for, opened_run
@@ -82,6 +83,7 @@ def reconstruct(request: ReconstructRequest) -> ReconstructSummary:
         DamageError: The model is not what was written.
     """
     began = time.monotonic()
+    cancellation.begin()  # An end that an earlier run was asked for is not meant here.
     objects = ObjectStore(request.out)
     store = DrawStore(objects)
     run = opened_run(request)
@@ -211,12 +213,12 @@ def _draw(
 ) -> None:
     """Draw the missing shards, here or side by side wherever the run's runner works."""
     with open_pool(run.config.runner) as pool:
-        parts = _parts(sorted(missing), pool.size)
-        undone = sum(stop - start for start, stop in map(plan.rows, missing)) * request.draws
-        done = plan.samples * request.draws - undone
-        if len(parts) == 1 and pool.here:
+        if pool.here:
+            undone = sum(stop - start for start, stop in map(plan.rows, missing))
+            done = (plan.samples - undone) * request.draws
             draw(store, plan, posterior, request, incoming, missing, done=done, lease=lease)
             return
+        parts = _parts(sorted(missing), pool.size)
         encoded = _pinned(request, run, posterior, incoming).encoded()
         of = [f"drawing · part {number} of {len(parts)}" for number in range(1, len(parts) + 1)]
         calls = [(encoded, part, title) for part, title in zip(parts, of, strict=True)]

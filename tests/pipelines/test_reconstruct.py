@@ -13,6 +13,7 @@ import xarray as xr
 import yaml
 from PIL import Image
 
+from pipelines import cancellation
 from pipelines.runners.devices import WorkerDied
 from pipelines.using import reconstruct as work
 from pipelines.using.drawing import draw_shards
@@ -364,6 +365,15 @@ def test_a_worker_that_finds_another_model_refuses(run: Run, new: Path, tmp_path
         draw_shards(replace(request, iteration=0).encoded(), [0], "drawing")
     assert draw_shards(request.encoded(), [0], "drawing") == 1
     assert draw_shards(request.encoded(), [0], "drawing") == 0
+
+
+def test_an_end_that_an_earlier_run_was_asked_for_ends_nothing_here(
+    run: Run,  # noqa: F811
+    new: Path,
+    tmp_path: Path,
+) -> None:
+    cancellation.request("of an earlier run")
+    assert diffem("reconstruct", run.url, new, tmp_path / "out", "--draws", 1).exit_code == 0
 
 
 def test_only_where_to_draw_can_be_set(run: Run, new: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -55,6 +55,13 @@ def test_what_a_stage_raises_is_raised_whatever_it_is() -> None:
     thread.close()
 
 
+def test_a_thread_that_was_closed_cancels() -> None:
+    thread = WorkThread()
+    thread.close()
+    with pytest.raises(cancellation.Cancelled, match="devices were closed"):
+        thread.call(threading.get_ident)
+
+
 def test_a_stage_may_ask_for_another_one() -> None:
     thread = WorkThread()
     assert thread.call(lambda: thread.call(threading.get_ident)) == thread.call(
