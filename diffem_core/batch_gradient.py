@@ -17,6 +17,7 @@ from diffem_core.data_parallel import DataParallel, parts_of
 from diffem_core.denoiser import Denoiser
 from diffem_core.examples import denoising_loss
 from diffem_core.networks.dropout import Dropout
+from diffem_core.replay import Replayed
 
 __all__ = ["BatchGradient"]
 
@@ -51,6 +52,10 @@ class BatchGradient:
         self.group = group
         self.on_split = on_split
         self.pieces = 1
+        self._n = 0
+        self._replayed: Callable[..., Tensor] = self._add_gradient
+        if denoiser.replays:
+            self._replayed = Replayed(self._add_gradient, generators=[generator])
         self._dropouts = [m for m in denoiser.modules() if isinstance(m, Dropout)]
         for dropout in self._dropouts:
             dropout.generator = generator
@@ -70,6 +75,7 @@ class BatchGradient:
         Raises:
             torch.OutOfMemoryError: The memory does not suffice for a single sample.
         """
+        self._n = len(x)  # The same at every step: recordings hold it.
         rows = slice(0, len(x)) if self.group is None else self.group.part(len(x))
         drawn = self.generator.get_state()
         while True:
@@ -85,7 +91,8 @@ class BatchGradient:
                 self.on_split(self.pieces)
 
     def release(self) -> None:
-        """Leave the denoiser's dropout as it was."""
+        """Leave the denoiser's dropout as it was, and free what a GPU keeps for the next batch."""
+        self._replayed = self._add_gradient
         for dropout in self._dropouts:
             dropout.generator, dropout.rows = None, None
 
@@ -100,6 +107,8 @@ class BatchGradient:
     ) -> Tensor | None:
         n = len(x)
         parts = parts_of(rows, self.pieces)
+        # Pieces of one size differ in the rows of their dropout, of which a recording knows one.
+        add_gradient = self._replayed if len(parts) == 1 else self._add_gradient
         total = torch.zeros((), dtype=x.dtype, device=x.device)
         try:
             for part in parts:
@@ -107,21 +116,23 @@ class BatchGradient:
                     self.generator.set_state(drawn)
                 for dropout in self._dropouts:
                     dropout.rows = None if part == slice(0, n) else (part, n)
-                loss = denoising_loss(
-                    self.denoiser,
+                loss = add_gradient(
                     x[part],
                     z[part],
                     sigma_t[part],
                     None if condition is None else condition[part],
                 )
-                if part == slice(0, n):
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    return loss.detach()
-                loss = loss * ((part.stop - part.start) / n)
-                loss.backward()
-                total += loss.detach()
+                total += loss * ((part.stop - part.start) / n)
         except torch.OutOfMemoryError:
             if all(part.stop - part.start == 1 for part in parts):
                 raise
             return None
         return total
+
+    def _add_gradient(
+        self, x: Tensor, z: Tensor, sigma_t: Tensor, condition: Tensor | None
+    ) -> Tensor:
+        """Add a piece's part of the gradient of the batch's mean loss; return the piece's own."""
+        loss = denoising_loss(self.denoiser, x, z, sigma_t, condition)
+        (loss * (len(x) / self._n)).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()

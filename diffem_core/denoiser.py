@@ -6,15 +6,20 @@ as an argument.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from diffem_core.preconditioning import EDMPreconditioning, Preconditioning
+from diffem_core.replay import Replayed
 
-__all__ = ["Denoiser"]
+__all__ = ["Denoiser", "Estimate"]
+
+Estimate = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""`f(x_t, sigma_t, condition)`; see `Denoiser.forward`."""
 
 
 class Denoiser(nn.Module):
@@ -27,6 +32,9 @@ class Denoiser(nn.Module):
         sigma_data: Standard deviation of the data, in network units.
         precision: Type in which the network computes; preconditioning and weights keep theirs.
         preconditioning: What surrounds the network; EDM's with `sigma_data` by default.
+        replay: Whether a GPU may replay what the network does (`Replayed`), if the network has the
+            attribute `replayable = True`: it then does the same for all arguments of the same
+            shapes.
     """
 
     def __init__(
@@ -36,6 +44,7 @@ class Denoiser(nn.Module):
         sigma_data: float = 1.0,
         precision: torch.dtype = torch.float32,
         preconditioning: Preconditioning | None = None,
+        replay: bool = True,
     ) -> None:
         super().__init__()
         if not sigma_data > 0:
@@ -49,6 +58,8 @@ class Denoiser(nn.Module):
         self.sigma_data = sigma_data
         self.precision = precision
         self.preconditioning = preconditioning or EDMPreconditioning(sigma_data=sigma_data)
+        self.replay = replay
+        self._repeated = _Repeated()
 
     def forward(self, x_t: Tensor, sigma_t: Tensor, condition: Tensor | None = None) -> Tensor:
         """Estimate E[x | x_t, y].
@@ -84,19 +95,69 @@ class Denoiser(nn.Module):
 
         return self.preconditioning(network, x_t, sigma_t, condition)
 
-    @contextmanager
-    def cast_once(self) -> Iterator[None]:
-        """Cast the network's weights once for all estimates inside, not at each of them.
+    @property
+    def replays(self) -> bool:
+        """Whether a GPU replays what the denoiser does."""
+        return (
+            self.replay
+            and getattr(self.network, "replayable", False)
+            and next(self.parameters()).device.type == "cuda"
+        )
 
-        The estimates are the same, to the bit. Inside, the weights are not to be trained.
+    @contextmanager
+    def repeated(self) -> Iterator[Estimate]:
+        """Prepare for many estimates with the same weights, which are not to be trained inside.
+
+        The network's weights are cast once, not at each estimate, and a GPU replays its work. The
+        estimates are the same, to the bit.
+
+        Yields:
+            What to call in place of the denoiser.
         """
         own = self.network
         cast = getattr(own, "cast", None)
-        if self.precision == torch.float32 or cast is None:
-            yield
-            return
-        self.network = cast(self.precision)
+        if self.precision != torch.float32 and cast is not None:
+            self.network = self._repeated.copy_of(own, lambda: cast(self.precision))
         try:
-            yield
+            yield self._repeated.replayed(self) if self.replays else self
         finally:
             self.network = own
+
+
+class _Repeated:
+    """What a denoiser keeps from one use of `repeated` to the next; copies of it know nothing."""
+
+    def __init__(self) -> None:
+        self._original: nn.Module | None = None
+        self._copy: nn.Module | None = None
+        self._replayed: Replayed | None = None
+
+    def __reduce__(self) -> tuple[type[_Repeated], tuple[()]]:
+        return _Repeated, ()
+
+    def copy_of(self, network: nn.Module, cast: Callable[[], nn.Module]) -> nn.Module:
+        """Return a copy that `cast` makes, or the one from before with the weights of today."""
+        # Also in inference mode, where tensors from outside of it may not be written.
+        with torch.inference_mode(False), torch.no_grad():
+            given = network.state_dict()
+            kept = {} if self._copy is None else self._copy.state_dict()
+            if self._copy is None or self._original is not network or given.keys() != kept.keys():
+                self._original, self._copy = network, cast()
+            else:
+                for name, tensor in kept.items():
+                    tensor.copy_(given[name])
+        return self._copy
+
+    def replayed(self, denoiser: Denoiser) -> Replayed:
+        """Return the denoiser's replayed work, which reads its present weights."""
+        if self._replayed is None:
+            own = weakref.ref(denoiser)  # Else neither would be freed before a collection.
+
+            def estimate(*arguments: Tensor | None) -> Tensor:
+                itself = own()
+                assert itself is not None, "the denoiser holds this function"
+                return itself.forward(*arguments)  # type: ignore[arg-type]
+
+            self._replayed = Replayed(estimate)
+        self._replayed.reads([*denoiser.parameters(), *denoiser.buffers()])
+        return self._replayed

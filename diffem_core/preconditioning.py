@@ -134,7 +134,8 @@ class FactorPreconditioning:
         factor = condition[:, -size * size :].reshape(-1, size, size)
         sigma = sigma_t.reshape(-1, 1)
         inner = factor.mT @ factor + torch.diag_embed(sigma.square().expand(-1, size))
-        root = torch.linalg.cholesky(inner)
+        # Positive definite. A GPU would have to be waited for, to be asked whether it worked.
+        root = torch.linalg.cholesky_ex(inner).L
         projected = factor.mT @ (x_t - mean).unsqueeze(2)
         white = torch.linalg.solve_triangular(root, projected, upper=False)
 

@@ -61,7 +61,7 @@ def ddpm(
     References:
         Ho et al. 2020 (DDPM, arXiv 2006.11239), written for the variance-exploding process.
     """
-    x, grid, levels = _begin(sigmas, noise, shape, x_start)
+    x, grid, levels = _begin(sigmas, noise, shape, x_start, draws=len(sigmas) - 1)
     for i, level in enumerate(levels[:-1]):
         ratio = grid[i + 1] / grid[i]
         tau = float(1 - ratio**2)
@@ -101,7 +101,7 @@ def ddim(
     References:
         Song et al. 2021 (DDIM, arXiv 2010.02502), section 4.3, for the variance-exploding process.
     """
-    x, grid, levels = _begin(sigmas, noise, shape, x_start)
+    x, grid, levels = _begin(sigmas, noise, shape, x_start, draws=1)
     for i, level in enumerate(levels[:-1]):
         x = torch.lerp(x, denoise(x, level), float(1 - grid[i + 1] / grid[i]))
     return x
@@ -143,7 +143,9 @@ def dpm_solver(
         Lu et al. 2022 (DPM-Solver++, arXiv 2211.01095), algorithm 2 and its SDE form, with alpha =
         1.
     """
-    x, grid, levels = _begin(sigmas, noise, shape, x_start)
+    x, grid, levels = _begin(
+        sigmas, noise, shape, x_start, draws=len(sigmas) - 1 if stochastic else 1
+    )
     previous: Tensor | None = None
     power = 2 if stochastic else 1
     for i, level in enumerate(levels[:-1]):
@@ -193,7 +195,7 @@ def heun(
     References:
         Karras et al. 2022 (EDM, arXiv 2206.00364), algorithm 1.
     """
-    x, grid, levels = _begin(sigmas, noise, shape, x_start)
+    x, grid, levels = _begin(sigmas, noise, shape, x_start, draws=1)
     for i, level in enumerate(levels[:-1]):
         slope = (x - denoise(x, level)) / level
         step = float(grid[i + 1] - grid[i])
@@ -242,7 +244,9 @@ def predictor_corrector(
             f"predictor_corrector received {corrections} corrections with tau {tau}; give "
             "corrections >= 0 and tau in (0, 1)"
         )
-    x, grid, levels = _begin(sigmas, noise, shape, x_start)
+    x, grid, levels = _begin(
+        sigmas, noise, shape, x_start, draws=1 + corrections * (len(sigmas) - 2)
+    )
     for i, level in enumerate(levels[:-1]):
         x = torch.lerp(x, denoise(x, level), float(1 - grid[i + 1] / grid[i]))
         if grid[i + 1] > 0:
@@ -253,7 +257,12 @@ def predictor_corrector(
 
 
 def _begin(
-    sigmas: Tensor, noise: SampleNoise, shape: Sequence[int], x_start: Tensor | None
+    sigmas: Tensor,
+    noise: SampleNoise,
+    shape: Sequence[int],
+    x_start: Tensor | None,
+    *,
+    draws: int,
 ) -> tuple[Tensor, NDArray[np.float64], tuple[Tensor, ...]]:
     grid = sigmas.double().cpu().numpy()
     if len(grid) < 2 or not (np.diff(grid) < 0).all() or grid[-1] < 0:
@@ -261,6 +270,7 @@ def _begin(
             f"sampler received noise levels {grid.tolist()}; give at least two, strictly "
             "decreasing, the last >= 0"
         )
+    noise.expect(draws)
     if x_start is None:
         x_start = noise.normal(shape) * float(grid[0])
     levels = sigmas.to(x_start.device, x_start.dtype).unsqueeze(1)

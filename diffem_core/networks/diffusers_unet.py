@@ -47,6 +47,9 @@ class DiffusersUNet(nn.Module):
         log sigma.
     """
 
+    replayable = True
+    """See `Denoiser`."""
+
     def __init__(
         self, x_shape: Sequence[int], condition_channels: int, arguments: Mapping[str, Any]
     ) -> None:

@@ -31,6 +31,9 @@ class MLP(nn.Module):
         zero_output: Whether the network begins as 0, whatever it is shown.
     """
 
+    replayable = True
+    """See `Denoiser`."""
+
     def __init__(
         self,
         *,

@@ -48,6 +48,9 @@ class UNet(nn.Module):
         ValueError: The levels disagree, or heads do not divide the channels.
     """
 
+    replayable = True
+    """See `Denoiser`."""
+
     def __init__(
         self,
         *,

@@ -245,17 +245,14 @@ def _speed(
         if isinstance(module, Dropout):
             module.generator = generator
 
-    def estimate() -> None:
-        with torch.inference_mode():
-            denoiser(x, sigma, condition)
-
     def learn() -> None:
         denoiser.zero_grad()
         denoising_loss(denoiser, x, z, sigmas, condition).backward()  # type: ignore[no-untyped-call]
 
     if work == "sampling":
-        with denoiser.cast_once():
-            found = rate_beside(estimate, n * flops, device, precision, seconds=seconds)
+        with torch.inference_mode(), denoiser.repeated() as estimate:
+            call = functools.partial(estimate, x, sigma, condition)
+            found = rate_beside(call, n * flops, device, precision, seconds=seconds)
     else:
         denoiser.train()
         found = rate_beside(learn, 3 * n * flops, device, precision, seconds=seconds)

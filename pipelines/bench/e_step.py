@@ -87,6 +87,7 @@ def _speed(
 
     def draw_noise() -> None:
         noise = SampleNoise(seeds, device=device)
+        noise.expect(calls)
         for _ in range(calls):
             noise.normal(channel.x_shape)
 

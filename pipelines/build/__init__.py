@@ -30,6 +30,7 @@ from pipelines.build.training import (
     build_rate,
     build_validation,
     m_step_length,
+    repeatable,
     starts_anew,
 )
 
@@ -60,6 +61,7 @@ __all__ = [
     "cov_x_rank",
     "m_step_length",
     "network_calls",
+    "repeatable",
     "resamples_operators",
     "sampler_of",
     "stand_in_prior",

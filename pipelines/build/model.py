@@ -85,7 +85,10 @@ def build_denoiser(
             zero_output=preconditioning is not None,
         )
     denoiser = Denoiser(
-        network, precision=_PRECISIONS[config.precision], preconditioning=preconditioning
+        network,
+        precision=_PRECISIONS[config.precision],
+        preconditioning=preconditioning,
+        replay=config.runner.cuda_graphs,
     )
     return denoiser.to(device)
 

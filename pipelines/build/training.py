@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
-from typing import assert_never
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ __all__ = [
     "build_rate",
     "build_validation",
     "m_step_length",
+    "repeatable",
     "starts_anew",
 ]
 
@@ -54,7 +56,45 @@ def build_device(config: models.RunnerConfig) -> torch.device:
             f"{torch.cuda.device_count()} CUDA devices; "
             "set runner.device to 'cpu' or 'auto'"
         )
+    if device.type == "cuda":
+        # What cuBLAS needs to be repeatable; it is read when this process first uses the GPU.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return device
+
+
+@contextmanager
+def repeatable(config: models.RunnerConfig, device: torch.device) -> Iterator[None]:
+    """Let a GPU add up gradients in an order that is always the same, if the config asks for it.
+
+    Arguments:
+        config: Says whether.
+        device: What is trained on; processors do so anyway.
+
+    Raises:
+        ValueError: Inside, for work that has no such order.
+    """
+    if device.type != "cuda" or not config.deterministic:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    settings: Any = torch.utils.deterministic
+    fills = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # It helps against mistakes that are not made here.
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        what = str(error).partition(" does not")[0]
+        raise ValueError(
+            f"the training does what no GPU repeats to the bit ({what}), but runner.deterministic "
+            "is true; do without it in network and channel, or set runner.deterministic to false: "
+            "a run that is repeated then ends with other bytes"
+        ) from error
+    finally:
+        settings.fill_uninitialized_memory = fills
+        torch.use_deterministic_algorithms(before)
 
 
 def build_augmentation(config: models.MStepConfig) -> Augmentation | None:

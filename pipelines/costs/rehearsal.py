@@ -9,6 +9,7 @@ already, since drawing them is counted by the network's calls.
 
 from __future__ import annotations
 
+import functools
 import math
 import tempfile
 import time
@@ -21,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffem_core.classifier import DigitClassifier
 from diffem_core.gaussian import GaussianPosterior, GaussianPrior, fit_gaussian_prior
 from diffem_core.metrics import sinkhorn_divergence
 from diffem_core.posterior import Posterior, PseudoInverse
@@ -32,6 +32,7 @@ from pipelines.costs.networks import conditional_modes, network_rates
 from pipelines.costs.peaks import base_memory, peak_memory
 from pipelines.costs.rates import Affine, NetworkRates, Rates
 from pipelines.evaluation import Observed
+from pipelines.evaluation.classifier import fit_classifier
 from pipelines.ingest.stored import open_stored
 from pipelines.model_files import read_model
 from pipelines.sources import choose_holdout, load_clean_samples
@@ -373,9 +374,17 @@ def _classified(bench: Bench, config: RunConfig) -> tuple[float, float]:
         return 0.0, 0.0
     assert clean is not None
     x, y = torch.from_numpy(clean), torch.from_numpy(labels)
-    DigitClassifier.fit(x[:64], y[:64], scaling=bench.scaling, seed=0, epochs=1)
+    fit = functools.partial(
+        fit_classifier,
+        scaling=bench.scaling,
+        seed=0,
+        epochs=1,
+        runner=config.runner,
+        device=bench.device,
+    )
+    fit(x[:64], y[:64])
     began = time.perf_counter()
-    classifier = DigitClassifier.fit(x, y, scaling=bench.scaling, seed=0, epochs=1)
+    classifier = fit(x, y)
     fitted = time.perf_counter()
     classifier.features(x)
     asked = time.perf_counter()

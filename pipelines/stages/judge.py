@@ -13,6 +13,7 @@ from diffem_core.posterior import DiffusionPrior, Posterior
 from diffem_core.seeds import derive_seed
 from pipelines import build
 from pipelines.evaluation import Evaluation, Observed, Truth, evaluate, work_of
+from pipelines.evaluation.classifier import fit_classifier
 from pipelines.preview import image_preview, observed_images, vector_preview
 from pipelines.prior_evaluation import draw_prior, evaluate_prior
 from pipelines.progress import reporter, stage
@@ -83,7 +84,7 @@ def _truth(bench: Bench) -> Truth | None:
     labels = holdout.labels()
     classifier = None
     if _wants_classifier(bench) and labels is not None:
-        classifier = _classifier(bench.store.url, bench.config.digest)
+        classifier = _classifier(bench.store.url, bench.config.digest, bench.device)
     return Truth(
         holdout=torch.from_numpy(x_holdout),
         holdout_labels=None if labels is None else torch.from_numpy(labels),
@@ -111,7 +112,7 @@ def _wants_classifier(bench: Bench) -> bool:
 
 
 @functools.lru_cache(maxsize=2)
-def _classifier(run_url: str, config_digest: str) -> DigitClassifier:
+def _classifier(run_url: str, config_digest: str, device: torch.device) -> DigitClassifier:
     """Fit the classifier of clean images, once a process: its seed makes it the same in each."""
     store = RunStore.open(run_url)
     assert store.config.digest == config_digest
@@ -120,12 +121,14 @@ def _classifier(run_url: str, config_digest: str) -> DigitClassifier:
     x, labels = training.truth(rows), training.labels(rows)
     assert x is not None
     assert labels is not None
-    return DigitClassifier.fit(
+    return fit_classifier(
         torch.from_numpy(x),
         torch.from_numpy(labels),
         scaling=build.build_scaling(store.config.data),
         seed=derive_seed(store.config.seed, "classifier"),
         epochs=math.ceil(_CLASSIFIER_IMAGES / len(x)),
+        runner=store.config.runner,
+        device=device,
     )
 
 

@@ -122,31 +122,32 @@ def train(
                 f"{plan.title}: no memory for a whole batch, going on in {pieces} pieces"
             )
 
-        result = m_step(
-            denoiser,
-            x_hat,
-            plan.channel,
-            bench.scaling,
-            build.build_schedule(bench.config.schedule),
-            build.build_times(bench.config.time),
-            steps=plan.steps,
-            batch_size=plan.batch_size,
-            learning_rate=plan.learning_rate,
-            ema_decay=plan.ema_decay,
-            clip_norm=config.clip_norm,
-            adam_betas=config.adam_betas,
-            recorruption=config.recorruption,
-            augmentation=plan.augmentation,
-            drop_condition=plan.drop_condition,
-            validation=plan.validation,
-            seed=plan.seed,
-            state=state,
-            on_step=on_step if leads else None,
-            on_split=on_split,
-            # After the last step the model itself is written, which is as good a point to stop at.
-            stop=lambda: cancellation.requested() is not None,
-            group=group,
-        )
+        with build.repeatable(bench.config.runner, bench.device):
+            result = m_step(
+                denoiser,
+                x_hat,
+                plan.channel,
+                bench.scaling,
+                build.build_schedule(bench.config.schedule),
+                build.build_times(bench.config.time),
+                steps=plan.steps,
+                batch_size=plan.batch_size,
+                learning_rate=plan.learning_rate,
+                ema_decay=plan.ema_decay,
+                clip_norm=config.clip_norm,
+                adam_betas=config.adam_betas,
+                recorruption=config.recorruption,
+                augmentation=plan.augmentation,
+                drop_condition=plan.drop_condition,
+                validation=plan.validation,
+                seed=plan.seed,
+                state=state,
+                on_step=on_step if leads else None,
+                on_split=on_split,
+                # After the last step the model itself is written: as good a point to stop at.
+                stop=lambda: cancellation.requested() is not None,
+                group=group,
+            )
         if result.interrupted:
             if leads:
                 write_checkpoint(result.state)

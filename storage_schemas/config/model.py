@@ -87,7 +87,7 @@ class CustomNetwork(Record):
     """A module of your own, built as `Name(x_shape, condition_channels, **arguments)`.
 
     It is called as `network(x, c_noise, condition)` and returns the shape of x; see
-    `diffem_core.Denoiser`.
+    `diffem_core.Denoiser`. With an attribute `replayable = True` a GPU replays what it does.
     """
 
     kind: Literal["custom"] = "custom"

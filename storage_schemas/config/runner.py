@@ -26,6 +26,12 @@ class _Runner(Record):
     threads: PositiveInt | None = None
     """Processor threads, divided among processes that work side by side on one machine; all cores
     by default."""
+    cuda_graphs: bool = True
+    """Whether a GPU records what the networks of this package do and replays it, which gives the
+    same bits sooner; custom networks take part by an attribute `replayable = True`."""
+    deterministic: bool = True
+    """Whether a GPU trains in an order of sums that is always the same, so that a run that is
+    repeated or resumed ends with the same bytes. Custom networks may do what has no such order."""
     memory_gb: PositiveFloat = 4.0
     """Reconstructions of an iteration, in GiB as float32, that the M-step keeps in memory; more
     are read through a scratch file in the folder for temporary files."""

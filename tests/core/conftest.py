@@ -39,6 +39,9 @@ class LinearNoise:
     def __len__(self) -> int:
         return 1 + self.draws
 
+    def expect(self, draws: int) -> None:
+        pass
+
     def normal(self, shape: Sequence[int]) -> Tensor:
         assert self.used < self.draws, "the sampler drew more noise than expected"
         z = torch.zeros(len(self), *shape, dtype=torch.float64)

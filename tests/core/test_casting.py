@@ -1,5 +1,8 @@
 """Networks in bfloat16: weights that are cast once, inputs that are not rounded, attention."""
 
+import copy
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -48,7 +51,7 @@ def test_weights_that_are_cast_once_estimate_the_same_bits(build: type[nn.Module
     before = {name: value.clone() for name, value in denoiser.state_dict().items()}
     with torch.inference_mode():
         expected = denoiser(*given(own))
-        with denoiser.cast_once():
+        with denoiser.repeated():
             types = {p.dtype for p in denoiser.network.parameters()}
             found = denoiser(*given(own))
     assert torch.equal(found, expected)
@@ -59,17 +62,56 @@ def test_weights_that_are_cast_once_estimate_the_same_bits(build: type[nn.Module
         assert torch.equal(value, before[name])
 
 
+def test_weights_of_today_are_cast_at_each_use() -> None:
+    denoiser = Denoiser(mlp(), precision=torch.bfloat16).eval()
+    with torch.inference_mode(), denoiser.repeated() as estimate:
+        before = estimate(*given(denoiser.network))
+        first = denoiser.network
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.mul_(1.5)
+    with torch.inference_mode():
+        expected = denoiser(*given(denoiser.network))
+        with denoiser.repeated() as estimate:
+            found = estimate(*given(denoiser.network))
+            assert denoiser.network is first, "the copy is made once"
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, before)
+
+
+def test_copies_of_a_denoiser_share_nothing_with_it() -> None:
+    denoiser = Denoiser(mlp(), precision=torch.bfloat16).eval()
+    with torch.inference_mode(), denoiser.repeated() as estimate:
+        expected = estimate(*given(denoiser.network))
+    copied = copy.deepcopy(denoiser)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    with torch.inference_mode(), denoiser.repeated() as estimate:
+        assert torch.equal(estimate(*given(denoiser.network)), expected)
+    assert denoiser.state_dict().keys() == copied.state_dict().keys()
+
+
+def test_a_denoiser_is_freed_at_once_after_use() -> None:
+    denoiser = Denoiser(mlp(), precision=torch.bfloat16).eval()
+    with torch.inference_mode(), denoiser.repeated() as estimate:
+        estimate(*given(denoiser.network))
+    gone = weakref.ref(denoiser)
+    del denoiser, estimate
+    assert gone() is None, "nothing waits for Python's collection of cycles"
+
+
 def test_float32_and_networks_of_ones_own_are_not_cast() -> None:
     for denoiser in (Denoiser(mlp()), Denoiser(nn.Identity(), precision=torch.bfloat16)):
         own = denoiser.network
-        with denoiser.cast_once():
+        with denoiser.repeated():
             assert denoiser.network is own
 
 
 def test_the_own_network_is_back_after_an_error() -> None:
     denoiser = Denoiser(mlp(), precision=torch.bfloat16)
     own = denoiser.network
-    with pytest.raises(RuntimeError, match="stop"), denoiser.cast_once():
+    with pytest.raises(RuntimeError, match="stop"), denoiser.repeated():
         raise RuntimeError("stop")
     assert denoiser.network is own
 

@@ -195,6 +195,16 @@ def test_noise_belongs_to_the_sample(shape: tuple[int, ...]) -> None:
         assert torch.equal(a[4], b[0]), f"draw {k} depends on the batch"
 
 
+def test_whole_sixteens_of_values_do_not_depend_on_how_many_are_drawn_at_once() -> None:
+    """What `SampleNoise` makes use of on a GPU, where it draws in larger blocks."""
+    for dtype in (torch.float32, torch.float64):
+        few, all_ = (torch.Generator().manual_seed(8) for _ in range(2))
+        expected = torch.empty(6 * 48, dtype=dtype).normal_(generator=all_)
+        blocks = [torch.empty(size * 48, dtype=dtype) for size in (1, 2, 3)]
+        found = torch.cat([block.normal_(generator=few) for block in blocks])
+        assert torch.equal(found, expected)
+
+
 def test_noise_is_standard_normal_and_fresh() -> None:
     noise = SampleNoise(range(200))
     z = torch.stack([noise.normal((4, 4)) for _ in range(100)]).double()

@@ -20,18 +20,22 @@ from tests.pipelines.test_run import results_of
 OVERRIDES = ["m_step.checkpoint_seconds=1e-9", "m_step.steps=150", "e_step.shard_size=16"]
 
 
-def command(config: Path, url: Path) -> list[str]:
-    sets = [part for override in OVERRIDES for part in ("--set", override)]
+def command(config: Path, url: Path, *overrides: str) -> list[str]:
+    sets = [part for override in (*OVERRIDES, *overrides) for part in ("--set", override)]
     return [sys.executable, "-m", "pipelines.cli", "run", str(config), "--store", str(url), *sets]
 
 
 @contextmanager
 def running(
-    config: Path, url: Path, environment: dict[str, str], *, until: Callable[[Path], bool]
+    config: Path,
+    url: Path,
+    environment: dict[str, str],
+    *overrides: str,
+    until: Callable[[Path], bool],
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start a run, wait for a moment in it, and kill it on leaving."""
     process = subprocess.Popen(
-        command(config, url),
+        command(config, url, *overrides),
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -50,9 +54,13 @@ def running(
         process.wait()
 
 
-def finish(config: Path, url: Path, environment: dict[str, str]) -> str:
+def finish(config: Path, url: Path, environment: dict[str, str], *overrides: str) -> str:
     done = subprocess.run(
-        command(config, url), env=environment, capture_output=True, text=True, timeout=180
+        command(config, url, *overrides),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -11,10 +11,12 @@ import torch
 
 from diffem_core.noise import SampleNoise
 from diffem_core.samplers import ddpm
+from diffem_core.scaling import Scaling
 from diffem_core.times import BetaTime
 from pipelines import build
 from pipelines.config_io import load_config
-from storage_schemas.config import GaussianStart, RunConfig
+from pipelines.evaluation import classifier
+from storage_schemas.config import GaussianStart, LocalRunner, RunConfig
 
 DIGITS = "deploy/experiments/digits.yaml"
 MANIFOLD = "deploy/experiments/manifold.yaml"
@@ -359,3 +361,62 @@ def test_the_defaults_are_the_paper_s_network_and_settings() -> None:
     assert rate(0) == rate(1000) == 2e-4
     assert (config.m_step.ema_decay, config.m_step.clip_norm) == (0.9999, 1.0)
     assert config.start == GaussianStart(iterations=16)
+
+
+def test_cuda_graphs_reach_the_denoiser() -> None:
+    for told, expected in (("true", True), ("false", False)):
+        config = load_config(DIGITS, [f"runner.cuda_graphs={told}"])
+        channel = build.build_channel(config.channel, config.data.x_shape)
+        denoiser = build.build_denoiser(config, channel, device=torch.device("cpu"))
+        assert denoiser.replay is expected
+        assert not denoiser.replays, "a processor has nothing to replay"
+
+
+def test_a_gpu_trains_in_a_fixed_order_unless_it_need_not() -> None:
+    """What PyTorch does with that is tried on a GPU, in tests/gpu."""
+    gpu = torch.device("cuda")
+    enabled = torch.are_deterministic_algorithms_enabled
+    with build.repeatable(LocalRunner(), gpu):
+        assert enabled()
+    assert not enabled()
+    for runner, device in ((LocalRunner(deterministic=False), gpu), (LocalRunner(), CPU)):
+        with build.repeatable(runner, device):
+            assert not enabled()
+    unordered = "upsample_bicubic2d does not have a deterministic implementation, but you set ..."
+    with (
+        pytest.raises(ValueError, match=r"\(upsample_bicubic2d\).*set runner\.deterministic to"),
+        build.repeatable(LocalRunner(), gpu),
+    ):
+        raise RuntimeError(unordered)
+    assert not enabled()
+    with (
+        pytest.raises(RuntimeError, match="the GPU is gone"),
+        build.repeatable(LocalRunner(), gpu),
+    ):
+        raise RuntimeError("the GPU is gone")
+
+
+def test_the_classifier_of_clean_images_is_fitted_by_few_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+
+    class Fitted(torch.nn.Module):
+        @classmethod
+        def fit(cls, *arguments: object, **more: object) -> "Fitted":
+            seen.append(torch.get_num_threads())
+            return cls()
+
+    monkeypatch.setattr(classifier, "DigitClassifier", Fitted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(9)
+    try:
+        x, labels = torch.zeros(2, 1, 8, 8), torch.zeros(2)
+        scaling = Scaling.from_range(0, 1)
+        classifier.fit_classifier(
+            x, labels, scaling=scaling, seed=0, epochs=1, runner=LocalRunner(), device=CPU
+        )
+        assert seen == [4]
+        assert torch.get_num_threads() == 9
+    finally:
+        torch.set_num_threads(before)
