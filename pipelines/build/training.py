@@ -15,6 +15,7 @@ from diffem_core.augmentation import Augmentation
 from diffem_core.rates import constant_rate, cosine_rate, linear_rate
 from diffem_core.validation import Validation
 from pipelines.runners.devices import THREADS_VARIABLE
+from pipelines.runners.processors import usable_threads
 from storage_schemas import config as models
 
 __all__ = [
@@ -32,8 +33,8 @@ __all__ = [
 def build_device(config: models.RunnerConfig) -> torch.device:
     """Choose the device and set the number of processor threads.
 
-    Threads are those of the config, or all cores; in a worker process, those that its parent lets
-    it have, in the environment variable `DIFFEM_THREADS`.
+    Threads are those of the config, or `usable_threads`; in a worker process, those that its
+    parent lets it have, in the environment variable `DIFFEM_THREADS`.
 
     Arguments:
         config: Device and threads.
@@ -45,7 +46,7 @@ def build_device(config: models.RunnerConfig) -> torch.device:
         ValueError: If the config asks for a GPU that is not there.
     """
     share = int(os.environ.get(THREADS_VARIABLE) or 0)
-    torch.set_num_threads(share or config.threads or os.cpu_count() or 1)
+    torch.set_num_threads(share or config.threads or usable_threads())
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from pipelines import cancellation
+from pipelines.runners.processors import usable_threads
 from pipelines.runners.work_thread import WorkThread
 from storage_schemas.config.runner import LocalRunner
 
@@ -284,7 +285,7 @@ def count_gpus() -> int:
 
 def _threads(config: LocalRunner) -> int:
     """Count the processor's threads that the run may use."""
-    return config.threads or os.cpu_count() or 1
+    return config.threads or usable_threads()
 
 
 def _one_at_most(config: LocalRunner) -> bool:

@@ -24,8 +24,8 @@ class _Runner(Record):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`."""
     threads: PositiveInt | None = None
-    """Processor threads, divided among processes that work side by side on one machine; all cores
-    by default."""
+    """Processor threads, divided among processes that work side by side on one machine. By default
+    the cores that affinity and a container's limits leave, less one if they are more than two."""
     cuda_graphs: bool = True
     """Whether a GPU records what the networks of this package do and replays it, which gives the
     same bits sooner; custom networks take part by an attribute `replayable = True`."""

@@ -19,14 +19,17 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
+import joblib
 import pytest
 import torch
 
 from pipelines import build, cancellation, stages
+from pipelines.build import training
 from pipelines.config_io import load_config
 from pipelines.progress import Advance, use_reporter
 from pipelines.runners import devices, distributed, worker
 from pipelines.runners.devices import DevicePool, WorkerDied, choose_devices, open_devices
+from pipelines.runners.processors import usable_threads
 from pipelines.runners.worker_process import WorkerProcess
 from pipelines.stages.bench import Bench
 from storage_schemas.config import LocalRunner
@@ -511,7 +514,8 @@ def test_each_worker_sees_a_device_of_its_own(
 def test_threads_are_divided(
     threads: int | None, workers: int, share: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    for module in (devices, training):
+        monkeypatch.setattr(module, "usable_threads", lambda: 6)
     runner = LocalRunner(device="cpu", threads=threads, workers=workers)
     chosen = choose_devices(runner, 0)
     assert len(chosen) == workers
@@ -520,6 +524,31 @@ def test_threads_are_divided(
         monkeypatch.setenv(devices.THREADS_VARIABLE, device.environment[devices.THREADS_VARIABLE])
         build.build_device(runner)
         assert torch.get_num_threads() == share
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 2), (3, 2), (16, 15)])
+def test_one_core_of_many_is_left_to_others(
+    cores: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joblib, "cpu_count", lambda *, only_physical_cores: cores)
+    usable_threads.cache_clear()
+    try:
+        assert usable_threads() == threads
+    finally:
+        usable_threads.cache_clear()
+
+
+def test_threads_are_those_of_the_cores_that_the_process_is_bound_to() -> None:
+    script = "from pipelines.runners.processors import usable_threads; print(usable_threads())"
+    one = {next(iter(os.sched_getaffinity(0)))}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        preexec_fn=lambda: os.sched_setaffinity(0, one),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "1\n"
 
 
 def test_only_shards_share_the_threads(pool: DevicePool, monkeypatch: pytest.MonkeyPatch) -> None:
