@@ -108,8 +108,8 @@ class Denoiser(nn.Module):
     def repeated(self) -> Iterator[Estimate]:
         """Prepare for many estimates with the same weights, which are not to be trained inside.
 
-        The network's weights are cast once, not at each estimate, and a GPU replays its work. The
-        estimates are the same, to the bit.
+        The network's weights are cast once, not at each estimate, and a GPU replays its work where
+        no gradients are asked for. The estimates are the same, to the bit.
 
         Yields:
             What to call in place of the denoiser.
@@ -119,7 +119,8 @@ class Denoiser(nn.Module):
         if self.precision != torch.float32 and cast is not None:
             self.network = self._repeated.copy_of(own, lambda: cast(self.precision))
         try:
-            yield self._repeated.replayed(self) if self.replays else self
+            replays = self.replays and not torch.is_grad_enabled()
+            yield self._repeated.replayed(self) if replays else self
         finally:
             self.network = own
 

@@ -104,8 +104,7 @@ class Replayed:
         for generator in self.generators:
             graph.register_generator_state(generator)
         try:
-            # Other threads may use the GPU meanwhile.
-            with _no_collection(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with _recording(graph, next(t.device for t in own if t is not None)):
                 output = self.function(*own)
         except torch.OutOfMemoryError as error:
             self._refused = True
@@ -132,12 +131,18 @@ class Replayed:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep Python from freeing other recordings while one is made, which CUDA forbids."""
-    enabled = gc.isenabled()
+def _recording(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
+    """Record what is launched on a GPU inside, which other threads may use meanwhile."""
+    # Python must not free other recordings while one is made: CUDA forbids it.
+    collects = gc.isenabled()
     gc.disable()
     try:
-        yield
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with (
+            torch.cuda.device(device),
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+        ):
+            yield
     finally:
-        if enabled:
+        if collects:
             gc.enable()

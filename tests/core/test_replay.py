@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ class Graph:
 
 
 @contextmanager
-def recording(graph: Graph, *, capture_error_mode: str) -> Iterator[None]:
+def recording(graph: Graph, *, stream: object, capture_error_mode: str) -> Iterator[None]:
     Graph.recording = graph
     try:
         yield
@@ -61,6 +61,8 @@ class Doubling:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
 
 
 def test_the_second_call_is_recorded_and_later_ones_replay_it() -> None:

@@ -140,6 +140,17 @@ def test_an_m_step_on_a_gpu_goes_on_with_the_same_bits() -> None:
     assert differing(resumed.weights, whole.weights) == []
 
 
+def test_where_gradients_are_asked_for_nothing_is_replayed() -> None:
+    denoiser = unet(replay=True)
+    x = torch.randn(4, *CHANNEL.x_shape, device="cuda", requires_grad=True)
+    condition = torch.randn(4, CHANNEL.condition_channels, 16, 16, device="cuda")
+    with denoiser.repeated() as estimate:
+        for _ in range(3):
+            estimate(x, torch.ones(1, device="cuda"), condition).sum().backward()
+    assert x.grad is not None
+    assert float(x.grad.abs().sum()) > 0
+
+
 def test_weights_that_were_trained_or_moved_are_seen() -> None:
     denoiser = unet(replay=True, precision=torch.bfloat16)
     before = draw(denoiser)
