@@ -18,7 +18,8 @@ from pydantic import JsonValue
 
 from pipelines import cancellation
 from pipelines.progress import reporter
-from pipelines.runners.choice import fan_out, open_pool
+from pipelines.runners.choice import open_pool
+from pipelines.runners.fan_out import fan_out
 from pipelines.using.drawing import build_posterior, draw, opened_for, opened_run
 from pipelines.using.incoming import Block, Incoming, Survey, survey
 from pipelines.using.likeness import PROBE, Likeness, compare, compare_simulated

@@ -11,8 +11,8 @@ import pytest
 
 from pipelines.cancellation import Cancelled
 from pipelines.runners import choice
-from pipelines.runners.choice import fan_out
 from pipelines.runners.devices import WorkerDied
+from pipelines.runners.fan_out import fan_out
 
 
 class Pool:
