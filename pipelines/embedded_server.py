@@ -1,75 +1,189 @@
-"""Prefect's embedded server, which ends when this process does, and not before.
+"""Prefect's embedded server: begun early, waited for late, ended with this process.
 
-Without a server configured, Prefect starts one as a child process and stops it at exit. That
-leaves two gaps. A terminal or a service manager sends its signal to the whole process group, so
-that the server would be gone before the run's last states are reported: it gets a session of its
-own. And a parent that is killed leaves the server behind: a watcher, which waits for the end of a
-pipe that only this process holds, stops it then.
+Where no server is configured, Prefect starts one as a child when the first flow runs, and waits
+for it. Here the same server begins as soon as a run is wanted, and starts while this process
+imports PyTorch and checks the config. It has a session of its own, since a terminal or a service
+manager sends its signal to the whole process group, and the server would be gone before the run's
+last states are reported. And a parent that is killed does not leave it behind: a watcher, which
+waits for the end of a pipe that only this process holds, stops it then.
 """
 
 from __future__ import annotations
 
 import atexit
+import http.client
+import os
+import socket
 import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
-from pipelines.prefect_settings import has_server
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
-__all__ = ["start_embedded_server"]
+__all__ = ["application", "begin_embedded_server", "embedded_server", "has_server"]
 
 # Ends when a line comes (all is well), or when the pipe breaks: then it stops the process $1.
 _WATCH = 'read -r line || { kill -TERM "$1"; sleep 3; kill -KILL "$1"; } 2>/dev/null'
+_HOST = "127.0.0.1"
+_PORT_IS_TAKEN = 3  # uvicorn's exit status where it could not start
+_LOOK_SECONDS = 0.05
+_END_SECONDS = 5.0
+
+_lock = threading.Lock()
+_server: _Server | None = None
 
 
-def start_embedded_server() -> None:
-    """Start Prefect's embedded server, unless a server is configured or this one runs already.
+def application() -> FastAPI:
+    """Make the application that the server's process serves."""
+    from prefect.server.api.server import create_app
 
-    Prefect stops it when this process exits, after the last records have been sent.
+    return create_app(ephemeral=True, final=True)
+
+
+def has_server() -> bool:
+    """Tell whether the environment or the active Prefect profile names a server to run on."""
+    from prefect.settings import get_current_settings
+
+    return get_current_settings().api.url not in (None, _server and _server.url)
+
+
+def begin_embedded_server() -> None:
+    """Begin to start Prefect's embedded server, unless a server is configured or this one runs.
+
+    It is stopped when this process exits, after the last records have been sent.
+    """
+    global _server
+    with _lock:
+        if _server is None and not has_server():
+            _server = _Server()
+            atexit.register(_end)
+
+
+@contextmanager
+def embedded_server() -> Iterator[None]:
+    """Run the flows inside on the embedded server, unless a server is configured.
 
     Raises:
         RuntimeError: It does not start.
     """
-    if has_server():
-        return
-    from prefect.server.api.server import SubprocessASGIServer
+    from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    server = SubprocessASGIServer()
-    if server.running:
-        return
-    with _sessions_of_their_own():
-        server.start()
-    assert server.server_process is not None
-    watcher = subprocess.Popen(
-        ["sh", "-c", _WATCH, "sh", str(server.server_process.pid)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    # Runs before Prefect's own stop of the server, which was registered earlier.
-    atexit.register(_dismiss, watcher)
-
-
-@contextmanager
-def _sessions_of_their_own() -> Iterator[None]:
-    """Start the processes of this context in sessions of their own: Prefect has no such option."""
-    plain: Any = subprocess.Popen
-
-    class InSession(plain):  # type: ignore[misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "start_new_session": True})
-
-    subprocess.Popen = InSession  # type: ignore[misc]
-    try:
+    begin_embedded_server()
+    if has_server() or _server is None:
         yield
-    finally:
-        subprocess.Popen = plain  # type: ignore[misc]
+        return
+    try:
+        _server.wait()
+    except RuntimeError:
+        _end()
+        raise
+    with temporary_settings({PREFECT_API_URL: _server.url}):
+        yield
 
 
-def _dismiss(watcher: subprocess.Popen[bytes]) -> None:
-    assert watcher.stdin is not None
-    with watcher.stdin:
-        watcher.stdin.write(b"done\n")
-    watcher.wait()
+def _end() -> None:
+    global _server
+    with _lock:
+        if _server is not None:
+            _server.end()
+        _server = None
+
+
+class _Server:
+    """The server's process and its watcher; it begins when this is made."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._ready = False
+        self._start()
+
+    @property
+    def url(self) -> str:
+        """Address of its API."""
+        return f"http://{_HOST}:{self._port}/api"
+
+    def wait(self) -> None:
+        """Wait until it answers.
+
+        Raises:
+            RuntimeError: It does not, or its process ends.
+        """
+        from prefect.settings import get_current_settings
+
+        allowed = get_current_settings().server.ephemeral.startup_timeout_seconds
+        while not self._ready:
+            status = self._process.poll()
+            if status == _PORT_IS_TAKEN and not _is_free(self._port):
+                self._dismiss()
+                self._start()
+            elif status is not None:
+                raise RuntimeError(f"its process ended with status {status}")
+            self._ready = self._answers()
+            if not self._ready and time.monotonic() - self._began > allowed:
+                raise RuntimeError(f"it did not answer in {allowed:g} s")
+            time.sleep(_LOOK_SECONDS)
+
+    def end(self) -> None:
+        """Stop it, and its watcher."""
+        self._dismiss()
+        self._process.terminate()
+        if not self._ready:
+            return  # It may be setting up its database, and ends after that.
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _start(self) -> None:
+        self._port = _free_port()
+        command = [sys.executable, "-m", "uvicorn", "--factory", f"{__name__}:application"]
+        address = ["--host", _HOST, "--port", str(self._port)]
+        self._process = subprocess.Popen(
+            [*command, *address, "--log-level", "error", "--lifespan", "on"],
+            env={**os.environ, "PREFECT_SERVER_UI_ENABLED": "false"},
+            start_new_session=True,
+        )
+        self._watcher = subprocess.Popen(
+            ["sh", "-c", _WATCH, "sh", str(self._process.pid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def _answers(self) -> bool:
+        connection = http.client.HTTPConnection(_HOST, self._port, timeout=5)
+        try:
+            connection.request("GET", "/api/health")
+            return connection.getresponse().status == 200
+        except OSError:
+            return False
+        finally:
+            connection.close()
+
+    def _dismiss(self) -> None:
+        assert self._watcher.stdin is not None
+        with suppress(BrokenPipeError), self._watcher.stdin:
+            self._watcher.stdin.write(b"done\n")
+        self._watcher.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((_HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind((_HOST, port))
+        except OSError:
+            return False
+        return True

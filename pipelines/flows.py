@@ -41,8 +41,8 @@ from prefect.states import Cancelled
 from prefect.tasks import Task
 
 from pipelines import artifacts, build, cancellation, stages, watching
+from pipelines.embedded_server import has_server
 from pipelines.faults import PAUSES, StageFailed, worth_retrying
-from pipelines.prefect_settings import has_server
 from pipelines.progress import reporter, use_reporter
 from pipelines.result_storage import result_storage
 from pipelines.run_log import LoggingReporter

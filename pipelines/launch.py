@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import importlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
 
+from pipelines.embedded_server import begin_embedded_server, embedded_server, has_server
 from pipelines.json_log import JsonReporter
-from pipelines.prefect_settings import apply_defaults, has_server
+from pipelines.prefect_settings import apply_defaults
 from pipelines.progress import Reporter, reporter_on, use_reporter
 from pipelines.runners.reachable import require_cluster
 from pipelines.signals import ending_softly
@@ -39,13 +40,16 @@ class Interrupted(RuntimeError):
     """An end was asked for, and the run is at a resumable point."""
 
 
-def prepare_run(config: RunConfig, url: str, *, take_over: bool) -> RunStore:
-    """Create the run, or open the one that is there, before anything is started.
+def prepare_run(
+    config: RunConfig, url: str, *, take_over: bool, meanwhile: Callable[[], None] = lambda: None
+) -> RunStore:
+    """Create the run, or open the one that is there.
 
     Arguments:
         config: The config.
         url: Where the run lives.
         take_over: Whether a lease that seems alive may be taken over.
+        meanwhile: Begins what else a run needs, after the quick checks and before the long ones.
 
     Returns:
         The run.
@@ -62,7 +66,7 @@ def prepare_run(config: RunConfig, url: str, *, take_over: bool) -> RunStore:
     if isinstance(config.runner, RayRunner):
         require_cluster(config.runner)
     objects = ObjectStore(url)
-    stored = require_runnable(config, objects)
+    stored = require_runnable(config, objects, meanwhile=meanwhile)
     if stored is None:
         return _create(objects, config)
     if stored.config == config:
@@ -72,12 +76,15 @@ def prepare_run(config: RunConfig, url: str, *, take_over: bool) -> RunStore:
         return RunStore.create(objects, config)
 
 
-def require_runnable(config: RunConfig, objects: ObjectStore) -> RunStore | None:
+def require_runnable(
+    config: RunConfig, objects: ObjectStore, *, meanwhile: Callable[[], None] = lambda: None
+) -> RunStore | None:
     """Refuse what could not run there; nothing is written.
 
     Arguments:
         config: The config.
         objects: Where the run lives, or is to live.
+        meanwhile: See `prepare_run`.
 
     Returns:
         The run that is there with this config; None where there is none yet.
@@ -88,6 +95,7 @@ def require_runnable(config: RunConfig, objects: ObjectStore) -> RunStore | None
     try:
         stored = RunStore.open(objects)
     except NotARun:
+        meanwhile()
         from pipelines.check import check_config
 
         check_config(config)
@@ -144,7 +152,8 @@ def launch(
         RunFailed: If the work failed.
     """
     console = Console(stderr=True)
-    store = prepare_run(config, url, take_over=take_over)
+    apply_defaults()
+    store = prepare_run(config, url, take_over=take_over, meanwhile=begin_embedded_server)
     reporter = JsonReporter(console, run=store.config.name) if json_logs else reporter_on(console)
     before = read_status(store)
     if before.state == "complete":
@@ -164,14 +173,14 @@ def launch(
 
 
 def _work(store: RunStore, reporter: Reporter, **limits: Any) -> dict[str, Any]:
-    apply_defaults()
-    # The embedded server takes seconds to start, in a process of its own: import PyTorch
-    # meanwhile.
+    begin_embedded_server()
+    # It takes seconds to start, in a process of its own: import PyTorch meanwhile.
     preload = threading.Thread(target=_preload, name="diffem-preload", daemon=True)
     preload.start()
     with (
         use_reporter(reporter),
         ending_softly(),
+        contextlib.ExitStack() as running,
         contextlib.ExitStack() as starting,
     ):
         starting.enter_context(reporter.stage("starting Prefect and PyTorch", total=None, unit=""))
@@ -180,12 +189,10 @@ def _work(store: RunStore, reporter: Reporter, **limits: Any) -> dict[str, Any]:
         from prefect.exceptions import CancelledRun, TerminationSignal
         from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
-        from pipelines.embedded_server import start_embedded_server
-
-        _start_server(start_embedded_server)
         from pipelines import watching
         from pipelines.flows import em_run
 
+        running.enter_context(_server())
         # Heartbeats tell a server that outlives this process that it is alive; each costs a flow
         # run about a second at its end, for nothing where the server ends with the process.
         beat = watching.HEARTBEAT_SECONDS if has_server() else None
@@ -218,15 +225,18 @@ def _work(store: RunStore, reporter: Reporter, **limits: Any) -> dict[str, Any]:
             ) from error
 
 
-def _start_server(start: Callable[[], None]) -> None:
-    try:
-        start()
-    except RuntimeError as error:
-        raise RunFailed(
-            f"Prefect's embedded server did not start ({error}); on a machine that is busy, give "
-            "it more time (PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS=600), or start one "
-            "that stays (prefect server start) and set PREFECT_API_URL"
-        ) from error
+@contextlib.contextmanager
+def _server() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(embedded_server())
+        except RuntimeError as error:
+            raise RunFailed(
+                f"Prefect's embedded server did not start ({error}); on a machine that is busy, "
+                "give it more time (PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS=600), or "
+                "start one that stays (prefect server start) and set PREFECT_API_URL"
+            ) from error
+        yield
 
 
 def _preload() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 
-__all__ = ["apply_defaults", "has_server"]
+__all__ = ["apply_defaults"]
 
 _DEFAULTS = {
     # No telemetry: neither the server's, nor the client's.
@@ -43,10 +43,3 @@ def apply_defaults() -> None:
     for key, value in _DEFAULTS.items():
         os.environ.setdefault(key, value)
     warnings.filterwarnings("ignore", module=r"prefect\..*")
-
-
-def has_server() -> bool:
-    """Tell whether the environment or the active Prefect profile names a server to run on."""
-    from prefect.settings import get_current_settings
-
-    return get_current_settings().api.url is not None

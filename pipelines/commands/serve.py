@@ -199,7 +199,7 @@ def _check(config: RunConfig, url: str) -> None:
 
 
 def _require_configured_server() -> None:
-    from pipelines.prefect_settings import has_server
+    from pipelines.embedded_server import has_server
 
     if not has_server():
         raise ValueError(
