@@ -141,7 +141,8 @@ def _preview(
             draws=result.reconstructions.numpy(),
             title=title,
         )
-    shown = slice(0, bench.config.evaluation.preview)
+    # Data often come sorted, by class say: the first ones would look alike.
+    shown = torch.from_numpy(spread_rows(len(holdout), bench.config.evaluation.preview))
     params = {name: value[shown] for name, value in holdout.params.items()}
     observed = observed_images(bench.channel, holdout.y[shown], params)
     selection = bench.channel.selection(params)
