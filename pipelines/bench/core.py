@@ -10,8 +10,9 @@ reached 500 GFLOP/s in float32; its rates are scaled by this machine's float32 c
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -136,18 +137,26 @@ def bench_core(config: RunConfig | None, *, seconds: float = 10.0) -> CoreBenchm
 
 
 def over_references(
-    config: RunConfig | None, speed: Callable[[Reference, str, torch.device], Speed]
+    config: RunConfig | None,
+    speed: Callable[[Reference, str, torch.device], Speed],
+    *,
+    batches: Sequence[int] = (),
 ) -> tuple[torch.device, tuple[Speed, ...]]:
     """Measure the networks that are asked for: a config's in its precision, or all in both.
 
     Arguments:
         config: The config; None for the paper's U-Net and a small one.
         speed: What measures one network in one precision.
+        batches: Images per call in sampling, each measured; those of the networks by default.
 
     Returns:
         The device, and what was measured.
     """
-    subjects = references(config)
+    subjects = [
+        dataclasses.replace(subject, sampling_batch=batch)
+        for subject in references(config)
+        for batch in batches or (subject.sampling_batch,)
+    ]
     device = build.build_device(subjects[0].config.runner)
     precisions = tuple(_TYPES) if config is None else (config.precision,)
     return device, tuple(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -52,15 +53,22 @@ class EStepBenchmark(SpeedBenchmark):
     """The configs, in the precisions measured."""
 
 
-def bench_e_step(config: RunConfig | None, *, seconds: float = 10.0) -> EStepBenchmark:
+def bench_e_step(
+    config: RunConfig | None, *, seconds: float = 10.0, batches: Sequence[int] = ()
+) -> EStepBenchmark:
     """Measure E-steps from corrupted noise.
 
     Arguments:
         config: A config, measured as it is; None for the paper's U-Net and a small one, in both
             precisions, with 4 steps.
         seconds: How long to measure each, at least three batches.
+        batches: Reconstructions drawn together, each measured; those of the networks by default.
+
+    Raises:
+        ValueError: The device has no memory for one of the batches.
     """
-    device, speeds = over_references(config, functools.partial(_speed, seconds=seconds))
+    measure = functools.partial(_speed, seconds=seconds)
+    device, speeds = over_references(config, measure, batches=batches)
     return EStepBenchmark(
         device=device_name(device), threads=torch.get_num_threads(), speeds=speeds
     )
@@ -91,13 +99,18 @@ def _speed(
         for _ in range(calls):
             noise.normal(channel.x_shape)
 
-    one, rate, ratio, convolution_float32 = rate_beside(
-        lambda: posterior.sample(y, params, seeds=seeds),
-        n * calls * flops,
-        device,
-        precision,
-        seconds=seconds,
-    )
+    try:
+        one, rate, ratio, convolution_float32 = rate_beside(
+            lambda: posterior.sample(y, params, seeds=seeds),
+            n * calls * flops,
+            device,
+            precision,
+            seconds=seconds,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{device_name(device)} has no memory for batches of {n}; give smaller ones"
+        ) from error
     noise_time = median(in_turns({"noise": draw_noise}, device, seconds=0.0)["noise"])
     official = subject.official_sampling
     return EStepSpeed(

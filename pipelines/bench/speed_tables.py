@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from pipelines.bench.core import CoreBenchmark
-from pipelines.bench.e_step import EStepBenchmark
+from pipelines.bench.e_step import EStepBenchmark, EStepSpeed
 from pipelines.bench.layout import new_table, wide_console
 from pipelines.bench.m_step import MStepBenchmark
 
@@ -67,6 +67,25 @@ def print_e_step(result: EStepBenchmark) -> None:
             f"{speed.peak_mb:,.0f}",
         )
     _print(table)
+    for line in _fastest(result):
+        print(line)
+
+
+def _fastest(result: EStepBenchmark) -> list[str]:
+    """Say which batch size is fastest, where several were measured."""
+    # Beside the ceiling in the same turns: what else the machine does disturbs both.
+    groups: dict[tuple[str, str], list[EStepSpeed]] = {}
+    for speed in result.speeds:
+        groups.setdefault((speed.network, speed.precision), []).append(speed)
+    lines = []
+    for (network, precision), speeds in groups.items():
+        best = max(speeds, key=lambda speed: speed.of_ceiling)
+        if len(speeds) > 1:
+            lines.append(
+                f"{network}, {precision}: fastest in batches of {best.batch}; "
+                f"--set e_step.batch_size={best.batch}"
+            )
+    return lines
 
 
 def print_m_step(result: MStepBenchmark) -> None:

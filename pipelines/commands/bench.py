@@ -128,6 +128,16 @@ def e_step(
     config: _ConfigOption = None,
     set_: SetOption = None,
     seconds: _SecondsOption = 10.0,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--batch",
+            min=1,
+            metavar="N",
+            help="Draw so many together; repeat it to see which is fastest.  "
+            "[default: e_step.batch_size]",
+        ),
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Drawing reconstructions: sampler, noise and network."""
@@ -135,7 +145,7 @@ def e_step(
         given = _given(config, set_)
         from pipelines.bench.e_step import bench_e_step
 
-        result = bench_e_step(given, seconds=seconds)
+        result = bench_e_step(given, seconds=seconds, batches=batch or ())
     from pipelines.bench.speed_tables import print_e_step
 
     _tell(result, json_, print_e_step)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from diffem_core import Denoiser
+from diffem_core import Denoiser, DiffusionPosterior
 from pipelines import build
-from pipelines.bench import timing
+from pipelines.bench import speed_tables, timing
 from pipelines.bench.core import CoreBenchmark, call_flops, rate_beside
+from pipelines.bench.e_step import EStepBenchmark
 from pipelines.bench.reference import references
 from pipelines.cli import app
 
@@ -115,6 +116,37 @@ def test_a_config_is_measured_and_told_as_json_or_as_a_table(command: str, tmp_p
         shown = CliRunner().invoke(app, arguments)
         assert "ms/step" in shown.stdout
         assert "tiny" in shown.stdout
+
+
+def test_batches_are_compared_beside_the_ceiling(tmp_path: Path) -> None:
+    arguments = ("bench", "e-step", "--config", small_config(tmp_path), "--seconds", "0")
+    result = CliRunner().invoke(app, [*arguments, "--batch", "3", "--batch", "40", "--json"])
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert [speed["batch"] for speed in told["speeds"]] == [3, 40]
+    found = EStepBenchmark.model_validate(told)
+    first, second = found.speeds
+    # The second was measured while the machine did something else as well.
+    both = (
+        first.model_copy(update={"of_ceiling": 0.3, "images_s": 100.0}),
+        second.model_copy(update={"of_ceiling": 0.5, "images_s": 80.0}),
+    )
+    (line,) = speed_tables._fastest(found.model_copy(update={"speeds": both}))
+    assert line == ("tiny, float32: fastest in batches of 40; --set e_step.batch_size=40")
+    assert speed_tables._fastest(found.model_copy(update={"speeds": (first,)})) == []
+
+
+def test_a_batch_without_memory_is_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sample(*arguments: object, **more: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(DiffusionPosterior, "sample", sample)
+    arguments = ("bench", "e-step", "--config", small_config(tmp_path), "--seconds", "0")
+    result = CliRunner().invoke(app, [*arguments, "--batch", "3"])
+    assert result.exit_code == 2
+    assert "has no memory for batches of 3; give smaller ones" in result.stderr
 
 
 def test_overrides_need_a_config() -> None:
