@@ -7,7 +7,7 @@ as an argument.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -16,10 +16,7 @@ from torch import Tensor, nn
 from diffem_core.preconditioning import EDMPreconditioning, Preconditioning
 from diffem_core.replay import Replayed
 
-__all__ = ["Denoiser", "Estimate"]
-
-Estimate = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""`f(x_t, sigma_t, condition)`; see `Denoiser.forward`."""
+__all__ = ["Denoiser"]
 
 
 class Denoiser(nn.Module):
@@ -75,6 +72,10 @@ class Denoiser(nn.Module):
         Raises:
             ValueError: The network returned another shape than that of x_t.
         """
+        active = self._repeated.active
+        return (active or self._estimate)(x_t, sigma_t, condition)
+
+    def _estimate(self, x_t: Tensor, sigma_t: Tensor, condition: Tensor | None) -> Tensor:
         sigma_t = sigma_t.reshape(-1)
         c_noise = sigma_t.log()
 
@@ -105,23 +106,22 @@ class Denoiser(nn.Module):
         )
 
     @contextmanager
-    def repeated(self) -> Iterator[Estimate]:
+    def repeated(self) -> Iterator[None]:
         """Prepare for many estimates with the same weights, which are not to be trained inside.
 
         The network's weights are cast once, not at each estimate, and a GPU replays its work where
         no gradients are asked for. The estimates are the same, to the bit.
-
-        Yields:
-            What to call in place of the denoiser.
         """
         own = self.network
         cast = getattr(own, "cast", None)
         if self.precision != torch.float32 and cast is not None:
             self.network = self._repeated.copy_of(own, lambda: cast(self.precision))
+        if self.replays and not torch.is_grad_enabled():
+            self._repeated.active = self._repeated.replayed(self)
         try:
-            replays = self.replays and not torch.is_grad_enabled()
-            yield self._repeated.replayed(self) if replays else self
+            yield
         finally:
+            self._repeated.active = None
             self.network = own
 
 
@@ -129,6 +129,8 @@ class _Repeated:
     """What a denoiser keeps from one use of `repeated` to the next; copies of it know nothing."""
 
     def __init__(self) -> None:
+        self.active: Replayed | None = None
+        """What computes estimates at the moment, in the denoiser's place."""
         self._original: nn.Module | None = None
         self._copy: nn.Module | None = None
         self._replayed: Replayed | None = None
@@ -142,7 +144,8 @@ class _Repeated:
         with torch.inference_mode(False), torch.no_grad():
             given = network.state_dict()
             kept = {} if self._copy is None else self._copy.state_dict()
-            if self._copy is None or self._original is not network or given.keys() != kept.keys():
+            known = self._original is network and _places(given) == _places(kept)
+            if self._copy is None or not known:
                 self._original, self._copy = network, cast()
             else:
                 for name, tensor in kept.items():
@@ -154,11 +157,15 @@ class _Repeated:
         if self._replayed is None:
             own = weakref.ref(denoiser)  # Else neither would be freed before a collection.
 
-            def estimate(*arguments: Tensor | None) -> Tensor:
+            def estimate(x_t: Tensor, sigma_t: Tensor, condition: Tensor | None) -> Tensor:
                 itself = own()
                 assert itself is not None, "the denoiser holds this function"
-                return itself.forward(*arguments)  # type: ignore[arg-type]
+                return itself._estimate(x_t, sigma_t, condition)
 
             self._replayed = Replayed(estimate)
         self._replayed.reads([*denoiser.parameters(), *denoiser.buffers()])
         return self._replayed
+
+
+def _places(state: Mapping[str, Tensor]) -> dict[str, torch.device]:
+    return {name: tensor.device for name, tensor in state.items()}

@@ -83,13 +83,13 @@ class DiffusionPosterior:
         )
         self.denoiser.eval()
 
+        def denoise(x_t: Tensor, sigma: Tensor) -> Tensor:
+            estimate: Tensor = self.denoiser(x_t, sigma, condition)
+            return estimate
+
         noise = SampleNoise(seeds, device=device, dtype=torch.float32, scale=temperature)
-        with self.denoiser.repeated() as estimate:
-            x = self.sampler(
-                lambda x_t, sigma: estimate(x_t, sigma, condition),
-                noise=noise,
-                shape=self.channel.x_shape,
-            )
+        with self.denoiser.repeated():
+            x = self.sampler(denoise, noise=noise, shape=self.channel.x_shape)
         return self.scaling.to_data(x).to(y.device)
 
 
@@ -138,11 +138,13 @@ class DiffusionPrior:
             condition = torch.zeros(shape, device=device)
         self.denoiser.eval()
 
+        def denoise(x_t: Tensor, sigma: Tensor) -> Tensor:
+            estimate: Tensor = self.denoiser(x_t, sigma, condition)
+            return estimate
+
         noise = SampleNoise(seeds, device=device)
-        with self.denoiser.repeated() as estimate:
-            x = self.sampler(
-                lambda x_t, sigma: estimate(x_t, sigma, condition), noise=noise, shape=self.x_shape
-            )
+        with self.denoiser.repeated():
+            x = self.sampler(denoise, noise=noise, shape=self.x_shape)
         return self.scaling.to_data(x)
 
 

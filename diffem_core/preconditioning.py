@@ -25,6 +25,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -134,8 +135,9 @@ class FactorPreconditioning:
         factor = condition[:, -size * size :].reshape(-1, size, size)
         sigma = sigma_t.reshape(-1, 1)
         inner = factor.mT @ factor + torch.diag_embed(sigma.square().expand(-1, size))
-        # Positive definite. A GPU would have to be waited for, to be asked whether it worked.
-        root = torch.linalg.cholesky_ex(inner).L
+        # A GPU would have to be waited for, to be asked whether it worked: what did not is NaN.
+        root, failed = torch.linalg.cholesky_ex(inner)
+        root = root.masked_fill((failed > 0)[:, None, None], math.nan)
         projected = factor.mT @ (x_t - mean).unsqueeze(2)
         white = torch.linalg.solve_triangular(root, projected, upper=False)
 

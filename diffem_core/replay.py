@@ -18,6 +18,8 @@ from torch import Tensor
 
 __all__ = ["Replayed"]
 
+_MOST = 4  # Recordings that are kept, each with memory of its own.
+
 _Key = tuple[tuple[torch.Size, torch.dtype] | None, ...]
 
 
@@ -65,15 +67,19 @@ class Replayed:
                 of the GPU serve no more in this process.
         """
         key = tuple(None if t is None else (t.shape, t.dtype) for t in inputs)
-        recording = self._recordings.get(key)
-        if recording is None:
-            if self._refused or key not in self._seen:
-                self._seen.add(key)
-                return self.function(*inputs)
+        recording = self._recordings.pop(key, None)
+        if recording is None and key in self._seen and not self._refused:
             recording = self._record(inputs)
-            if recording is None:
+        if recording is None:
+            self._seen.add(key)
+            try:
                 return self.function(*inputs)
-            self._recordings[key] = recording
+            except torch.OutOfMemoryError:
+                self.forget()  # What recordings hold may be what is missing.
+                raise
+        while len(self._recordings) >= _MOST:
+            del self._recordings[next(iter(self._recordings))]
+        self._recordings[key] = recording  # The last one used is the last to go.
         for own, given in zip(recording.inputs, inputs, strict=True):
             if own is not None and given is not None:
                 own.copy_(given)

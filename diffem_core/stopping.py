@@ -5,10 +5,13 @@ errors of learning and sampling. A monitor in observation space follows it with 
 later iteration counts as better only where it improves by more than its standard error:
 
     plateau    stop after `patience` iterations none of which was better than the best
-    floor      stop where the monitor cannot be told from its floor, `confirm` times in a row
+    floor      stop where the monitor fell to its floor and stayed there, `confirm` times in a row
     budget     never stop before the last iteration
 
-What is compared is the best so far, not the iteration before: a slow fall adds up.
+What is compared is the best so far, not the iteration before: a slow fall adds up. At its floor a
+monitor sees no difference any more, though there may be one: a plateau there is no reason to stop,
+all iterations there are alike, and the last of them, which has learned most, is the best. One that
+was at its floor from the start has never seen anything, and decides nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from dataclasses import dataclass
 from typing import Literal, assert_never
 
 __all__ = ["BudgetRule", "Decision", "FloorRule", "PlateauRule", "Point", "StopRule", "decide"]
+
+_BLIND_ERRORS = 1.0  # Standard errors, of monitor and floor together, within which it is blind.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +52,7 @@ class BudgetRule:
 
 @dataclass(frozen=True, kw_only=True)
 class PlateauRule:
-    """Stop when nothing has improved for a while.
+    """Stop when nothing has improved for a while, and the monitor would see it.
 
     Arguments:
         monitor: Name of the monitor, for words.
@@ -111,8 +116,9 @@ def decide(history: Sequence[Point], rule: StopRule) -> Decision:
 
     Returns:
         The decision, which depends on nothing else: the same history gives the same one. The best
-        iteration is the last that was better, by more than its error, than the best before it; the
-        first of those at the floor; and the last one of all where the monitor has no values.
+        iteration is the last that was better, by more than its error, than the best before it. Of
+        those at the floor a plateau rule takes the last, a floor rule the first; and both take the
+        last one of all where the monitor has no values, or sees nothing.
 
     Raises:
         ValueError: There is no iteration, they are not in order, or a number is out of range.
@@ -170,6 +176,16 @@ def _gain(before: Point, after: Point, rule: PlateauRule | FloorRule) -> float:
 
 
 def _plateau(known: Sequence[Point], best: Point, rule: PlateauRule) -> Decision:
+    last = known[-1]
+    if _at_floor(last, rule, _BLIND_ERRORS):
+        reason = (
+            f"{rule.monitor} is at its floor ({_told(last)}, floor {last.floor:.4g}), where it "
+            "sees no difference: a plateau there ends nothing; another monitor may see one, or a "
+            "floor rule ends the run"
+        )
+        return Decision(stop=False, best=last.iteration, reason=reason)
+    if _at_floor(best, rule, _BLIND_ERRORS):
+        best = [point for point in known if _at_floor(point, rule, _BLIND_ERRORS)][-1]
     since = len(known) - 1 - known.index(best)
     what = f"{rule.monitor} was best in iteration {best.iteration} ({_told(best)})"
     if since == 0:
@@ -182,7 +198,7 @@ def _plateau(known: Sequence[Point], best: Point, rule: PlateauRule) -> Decision
     else:
         reason = (
             f"{what}; {_iterations(since)} after it did not improve by more than "
-            f"{_errors(rule.errors)} (the last: {_told(known[-1])})"
+            f"{_errors(rule.errors)} (the last: {_told(last)})"
         )
     return Decision(stop=since >= rule.patience, best=best.iteration, reason=reason)
 
@@ -193,10 +209,17 @@ def _floor(known: Sequence[Point], best: Point, rule: FloorRule) -> Decision:
         return Decision(stop=False, best=best.iteration, reason=reason)
     there = 0
     for point in reversed(known):
-        if not _at_floor(point, rule):
+        if not _at_floor(point, rule, rule.errors):
             break
         there += 1
     last = known[-1]
+    if there == len(known):
+        reason = (
+            f"{rule.monitor} is at its floor from the start ({_told(last)}, floor "
+            f"{last.floor:.4g}): it has never seen a difference, and ends nothing; take another "
+            "monitor"
+        )
+        return Decision(stop=False, best=last.iteration, reason=reason)
     if there == 0:
         floor = "unknown" if last.floor is None else f"{last.floor:.4g}"
         reason = f"{rule.monitor} is at {_told(last)}, its floor is {floor}"
@@ -210,17 +233,15 @@ def _floor(known: Sequence[Point], best: Point, rule: FloorRule) -> Decision:
         reason = f"{what}; {_iterations(rule.confirm)} there would end the run"
         return Decision(stop=False, best=first.iteration, reason=reason)
     reason = f"{what} and stayed there for {_iterations(there)}"
-    if first is known[0]:
-        reason += "; it was there from the start, so that it may be blind to what is wrong"
     return Decision(stop=True, best=first.iteration, reason=reason)
 
 
-def _at_floor(point: Point, rule: FloorRule) -> bool:
+def _at_floor(point: Point, rule: PlateauRule | FloorRule, errors: float) -> bool:
     if point.floor is None or point.value is None:
         return False
     above = point.value - point.floor if rule.better == "lower" else point.floor - point.value
     error = math.hypot(point.standard_error or 0.0, point.floor_error or 0.0)
-    return above <= rule.errors * error
+    return above <= errors * error
 
 
 def _told(point: Point) -> str:

@@ -16,10 +16,12 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,7 +30,14 @@ if TYPE_CHECKING:
 __all__ = ["application", "begin_embedded_server", "embedded_server", "has_server"]
 
 # Ends when a line comes (all is well), or when the pipe breaks: then it stops the process $1.
-_WATCH = 'read -r line || { kill -TERM "$1"; sleep 3; kill -KILL "$1"; } 2>/dev/null'
+# That may be setting up its database, and gets a while to end by itself.
+_WATCH = """
+read -r line && exit
+kill -TERM "$1" || exit
+for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do sleep 1; kill -0 "$1" || exit; done
+kill -KILL "$1"
+"""
+_PACKAGES = Path(__file__).parents[1]
 _HOST = "127.0.0.1"
 _PORT_IS_TAKEN = 3  # uvicorn's exit status where it could not start
 _LOOK_SECONDS = 0.05
@@ -36,6 +45,8 @@ _END_SECONDS = 5.0
 
 _lock = threading.Lock()
 _server: _Server | None = None
+_left: list[subprocess.Popen[bytes]] = []
+"""Processes that end by themselves after this one, or before."""
 
 
 def application() -> FastAPI:
@@ -120,20 +131,25 @@ class _Server:
             status = self._process.poll()
             if status == _PORT_IS_TAKEN and not _is_free(self._port):
                 self._dismiss()
+                self._said.close()
                 self._start()
             elif status is not None:
-                raise RuntimeError(f"its process ended with status {status}")
+                raise RuntimeError(f"its process ended with status {status}{self._last_words()}")
             self._ready = self._answers()
             if not self._ready and time.monotonic() - self._began > allowed:
                 raise RuntimeError(f"it did not answer in {allowed:g} s")
             time.sleep(_LOOK_SECONDS)
 
     def end(self) -> None:
-        """Stop it, and its watcher."""
+        """Stop it, and its watcher; one that does not answer yet is left to its watcher."""
+        self._said.close()
+        if not self._ready:
+            assert self._watcher.stdin is not None
+            self._watcher.stdin.close()
+            _left.extend((self._process, self._watcher))
+            return
         self._dismiss()
         self._process.terminate()
-        if not self._ready:
-            return  # It may be setting up its database, and ends after that.
         try:
             self._process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
@@ -142,11 +158,18 @@ class _Server:
 
     def _start(self) -> None:
         self._port = _free_port()
-        command = [sys.executable, "-m", "uvicorn", "--factory", f"{__name__}:application"]
+        # Not what the current folder holds: -P for Python, --app-dir for uvicorn.
+        command = [sys.executable, "-P", "-m", "uvicorn", "--app-dir", str(_PACKAGES)]
         address = ["--host", _HOST, "--port", str(self._port)]
+        options = ["--log-level", "error", "--lifespan", "on", "--factory"]
+        # Whoever reads what this process says is not to wait for the end of the server.
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
-            [*command, *address, "--log-level", "error", "--lifespan", "on"],
+            [*command, *address, *options, f"{__name__}:application"],
             env={**os.environ, "PREFECT_SERVER_UI_ENABLED": "false"},
+            stdin=subprocess.DEVNULL,
+            stdout=self._said,
+            stderr=self._said,
             start_new_session=True,
         )
         self._watcher = subprocess.Popen(
@@ -157,12 +180,17 @@ class _Server:
             start_new_session=True,
         )
 
+    def _last_words(self) -> str:
+        self._said.seek(0)
+        lines = self._said.read().decode(errors="replace").split("\n")
+        return next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")
+
     def _answers(self) -> bool:
         connection = http.client.HTTPConnection(_HOST, self._port, timeout=5)
         try:
             connection.request("GET", "/api/health")
             return connection.getresponse().status == 200
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return False
         finally:
             connection.close()

@@ -365,6 +365,7 @@ def advance_run(
             complete = last == config.iterations or decision["stop"]
             if decision["stop"]:
                 store.write_stop(best=decision["best"], reason=decision["reason"])
+            if complete and "reason" in decision:
                 reporter().note(decision["reason"])
             prior: Json = {}
             if complete and config.prior is not None:

@@ -259,8 +259,8 @@ def _speed(
         denoising_loss(denoiser, x, z, sigmas, condition).backward()  # type: ignore[no-untyped-call]
 
     if work == "sampling":
-        with torch.inference_mode(), denoiser.repeated() as estimate:
-            call = functools.partial(estimate, x, sigma, condition)
+        with torch.inference_mode(), denoiser.repeated():
+            call = functools.partial(denoiser, x, sigma, condition)
             found = rate_beside(call, n * flops, device, precision, seconds=seconds)
     else:
         denoiser.train()

@@ -16,6 +16,7 @@ from there. Every process does the same stage, which asks `current_group()` whet
 
 from __future__ import annotations
 
+import contextvars
 import os
 import sys
 import tempfile
@@ -200,6 +201,7 @@ def _on_this_machine(stage: str, args: Sequence[Any], devices: Sequence[Device])
             with ThreadPoolExecutor(size, thread_name_prefix="diffem-ranks") as pool:
                 calls = [
                     pool.submit(
+                        contextvars.copy_context().run,  # Prefect's settings are among it.
                         process.call,
                         "as_rank",
                         [stage, list(args), rank, size, backend, str(Path(folder) / "meeting")],

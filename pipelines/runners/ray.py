@@ -33,6 +33,7 @@ from ray.exceptions import AuthenticationError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines import cancellation
+from pipelines.embedded_server import has_server
 from pipelines.runners.devices import GRACE_SECONDS, THREADS_VARIABLE, find_stage
 from pipelines.runners.distributed import TIMEOUT, RankDied
 from pipelines.runners.reachable import require_answer, unreachable
@@ -169,15 +170,14 @@ def _api_url() -> str:
     """
     from prefect.settings import get_current_settings
 
-    url = get_current_settings().api.url
-    if url is None:
+    if not has_server():
         raise ValueError(
             "runner.kind is 'ray', but PREFECT_API_URL is not set, and each process of the "
             "cluster would start a Prefect server of its own; start one that all nodes can reach "
             "(prefect server start --host 0.0.0.0) and set PREFECT_API_URL to "
             "http://HOST:4200/api"
         )
-    return str(url)
+    return str(get_current_settings().api.url)
 
 
 # ----------------------------------------------------------------------------- asking for an end

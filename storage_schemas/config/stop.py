@@ -28,10 +28,11 @@ class BudgetStop(Record):
 
 
 class PlateauStop(Record):
-    """Stop when the monitor no longer improves by a part of its error.
+    """Stop when the monitor no longer improves by a part of its error, and is not at its floor.
 
-    All iterations are judged by the same held-out observations, so that the difference of two is
-    known better than either value.
+    At its floor it sees no difference, though there may be one; such a plateau ends nothing. All
+    iterations are judged by the same held-out observations, so that the difference of two is known
+    better than either value.
 
     Where `m_step.learning_rate.over` is `run`, a run that is stopped ends at a learning rate that
     has not yet fallen, and the last iterations, which profit from the fall, are not done.
@@ -49,7 +50,10 @@ class PlateauStop(Record):
 
 
 class FloorStop(Record):
-    """Stop when the monitor cannot be told from that of two sets of real observations."""
+    """Stop when the monitor can no longer be told from that of two sets of real observations.
+
+    One that never could be told from it has seen nothing, and ends nothing.
+    """
 
     kind: Literal["floor"] = "floor"
     monitor: WatchedMonitor = "divergence"

@@ -64,16 +64,16 @@ def test_weights_that_are_cast_once_estimate_the_same_bits(build: type[nn.Module
 
 def test_weights_of_today_are_cast_at_each_use() -> None:
     denoiser = Denoiser(mlp(), precision=torch.bfloat16).eval()
-    with torch.inference_mode(), denoiser.repeated() as estimate:
-        before = estimate(*given(denoiser.network))
+    with torch.inference_mode(), denoiser.repeated():
+        before = denoiser(*given(denoiser.network))
         first = denoiser.network
     with torch.no_grad():
         for parameter in denoiser.parameters():
             parameter.mul_(1.5)
     with torch.inference_mode():
         expected = denoiser(*given(denoiser.network))
-        with denoiser.repeated() as estimate:
-            found = estimate(*given(denoiser.network))
+        with denoiser.repeated():
+            found = denoiser(*given(denoiser.network))
             assert denoiser.network is first, "the copy is made once"
     assert torch.equal(found, expected)
     assert not torch.equal(found, before)
@@ -81,23 +81,23 @@ def test_weights_of_today_are_cast_at_each_use() -> None:
 
 def test_copies_of_a_denoiser_share_nothing_with_it() -> None:
     denoiser = Denoiser(mlp(), precision=torch.bfloat16).eval()
-    with torch.inference_mode(), denoiser.repeated() as estimate:
-        expected = estimate(*given(denoiser.network))
+    with torch.inference_mode(), denoiser.repeated():
+        expected = denoiser(*given(denoiser.network))
     copied = copy.deepcopy(denoiser)
     with torch.no_grad():
         for parameter in copied.parameters():
             parameter.zero_()
-    with torch.inference_mode(), denoiser.repeated() as estimate:
-        assert torch.equal(estimate(*given(denoiser.network)), expected)
+    with torch.inference_mode(), denoiser.repeated():
+        assert torch.equal(denoiser(*given(denoiser.network)), expected)
     assert denoiser.state_dict().keys() == copied.state_dict().keys()
 
 
 def test_a_denoiser_is_freed_at_once_after_use() -> None:
     denoiser = Denoiser(mlp(), precision=torch.bfloat16).eval()
-    with torch.inference_mode(), denoiser.repeated() as estimate:
-        estimate(*given(denoiser.network))
+    with torch.inference_mode(), denoiser.repeated():
+        denoiser(*given(denoiser.network))
     gone = weakref.ref(denoiser)
-    del denoiser, estimate
+    del denoiser
     assert gone() is None, "nothing waits for Python's collection of cycles"
 
 

@@ -18,6 +18,7 @@ from diffem_core import (
     with_observed_operators,
 )
 from diffem_core.channel import Channel
+from diffem_core.preconditioning import FactorPreconditioning
 
 SHAPE = (2, 4, 4)
 SCALING = Scaling.from_range(0, 16)
@@ -239,3 +240,18 @@ def test_a_posterior_without_known_variances_is_refused() -> None:
     GaussianMeanChannel(channel, large)  # the mean alone is known
     with pytest.raises(ValueError, match=r"2048 entries of x are too large.*'gaussian_mean'"):
         GaussianPosteriorChannel(channel, large)
+
+
+def test_a_covariance_that_cannot_be_factored_is_no_number() -> None:
+    """In float32 one of a great range is not positive definite, whatever the prior says."""
+    dimension, n = 64, 8
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.randn(n, dimension, dimension, generator=generator)
+    factor[..., 32:] = factor[..., :32]
+    factor[0] = torch.eye(dimension)
+    condition = torch.cat([torch.zeros(n, dimension), factor.flatten(1)], dim=1)
+    denoise = FactorPreconditioning(dimension=dimension)
+    x_t = torch.randn(n, dimension, generator=generator)
+    estimate = denoise(torch.zeros_like, x_t, torch.tensor([1e-4]), condition)
+    assert estimate[0].isfinite().all()
+    assert not estimate[1:].isfinite().flatten(1).all(dim=1).any()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffem_core import MLP, Denoiser
 from diffem_core.replay import Replayed
 
 
@@ -99,6 +100,54 @@ def test_what_is_read_may_change_where_it_is_but_not_move_unseen() -> None:
     for _ in range(3):
         assert replayed(x).tolist() == [11.0] * 3
     assert own.calls == 4, "prepared and recorded anew"
+
+
+def test_only_the_recordings_that_were_used_last_are_kept() -> None:
+    own = Doubling()
+    replayed = Replayed(own)
+    shapes = [torch.ones(n) for n in range(1, 6)]
+    for x in shapes[:4]:
+        replayed(x), replayed(x)
+    replayed(shapes[0])
+    assert own.calls == 8
+    replayed(shapes[4]), replayed(shapes[4])
+    assert len(replayed._recordings) == 4
+    replayed(shapes[0])
+    assert own.calls == 10, "the first one was used after the second, which had to go"
+    assert replayed(shapes[1]).tolist() == [3.0, 3.0]
+    assert own.calls == 11
+
+
+def test_where_memory_is_short_recordings_are_given_back() -> None:
+    own = Doubling()
+
+    def large(x: Tensor) -> Tensor:
+        if len(x) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return own(x)
+
+    replayed = Replayed(large)
+    replayed(torch.ones(3)), replayed(torch.ones(3))
+    assert len(replayed._recordings) == 1
+    with pytest.raises(torch.OutOfMemoryError):
+        replayed(torch.ones(4))
+    assert len(replayed._recordings) == 0
+
+
+def test_hooks_of_a_replayed_denoiser_are_called_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By one of them an end that is asked for is heard between two network calls."""
+    denoiser = Denoiser(MLP(features=3, condition_features=0, hidden=(4,), embedding=4))
+    called: list[int] = []
+    denoiser.register_forward_pre_hook(lambda *_: called.append(len(called)))
+    monkeypatch.setattr(Denoiser, "replays", property(lambda self: True))
+    x, sigma = torch.ones(2, 3), torch.ones(1)
+    with torch.inference_mode(), denoiser.repeated():
+        for _ in range(5):
+            denoiser(x, sigma)
+    assert len(called) == 5
+    assert denoiser._repeated.active is None
 
 
 def test_without_memory_for_a_recording_the_function_is_called_and_that_is_told_once() -> None:

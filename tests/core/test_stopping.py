@@ -100,7 +100,7 @@ CASES: dict[str, tuple[list[Point], StopRule, bool, int, str]] = {
         "the last one",
     ),
     "higher is better": (
-        history(0.5, 0.7, 0.6, 0.6, 0.6),
+        history(0.5, 0.7, 0.6, 0.6, 0.6, floor=None),
         PlateauRule(monitor="accuracy", patience=3, better="higher"),
         True,
         1,
@@ -116,9 +116,38 @@ CASES: dict[str, tuple[list[Point], StopRule, bool, int, str]] = {
     "at the floor from the start": (
         history(0.11, 0.1, 0.12),
         FLOOR,
+        False,
+        2,
+        "it has never seen a difference",
+    ),
+    "a plateau at the floor, there from the start": (
+        history(0.11, 0.11, 0.12, 0.12, 0.11),
+        PLATEAU,
+        False,
+        4,
+        "at its floor (0.11 ± 0.02, floor 0.1), where it sees no difference",
+    ),
+    "a plateau at the floor, reached on the way": (
+        history(0.9, 0.5, 0.11, 0.12, 0.11, 0.11),
+        PLATEAU,
+        False,
+        5,
+        "a plateau there ends nothing",
+    ),
+    # Its error and the floor's together: 0.1 + sqrt(2) x 0.02 = 0.128.
+    "a plateau just above the floor": (
+        history(0.9, 0.5, 0.13, 0.13, 0.13, 0.13),
+        PLATEAU,
         True,
-        0,
-        "blind to what is wrong",
+        2,
+        "best in iteration 2",
+    ),
+    "up from the floor again: the last one there was the best": (
+        history(0.9, 0.12, 0.1, 0.11, 0.3, 0.31, 0.3),
+        PLATEAU,
+        True,
+        3,
+        "best in iteration 3",
     ),
     "at the floor once": (
         history(0.9, 0.5, 0.11),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -153,9 +154,23 @@ def test_a_mistake_ends_the_server_that_began_meanwhile(
     while process.poll() is None:
         seen |= {child.pid for child in children_of(process.pid)}
         time.sleep(0.02)
-    _, message = process.communicate()
+    # At once: the server does not hold what its parent was given to write to.
+    _, message = process.communicate(timeout=2)
     assert process.returncode == 2
     assert "diffem: " in message
     assert seen, "nothing began meanwhile, or the mistake was found before"
     assert within(30, lambda: not any(alive(pid) for pid in seen))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_current_folder_has_no_say_in_what_the_server_is(
+    tmp_path: Path, tiny_config: Path, home: dict[str, str]
+) -> None:
+    (tmp_path / "pipelines").mkdir()
+    (tmp_path / "pipelines/__init__.py").write_text("raise SystemExit('of another project')")
+    command = [sys.executable, "-P", *run_command(tiny_config, str(tmp_path / "run"))[1:]]
+    environment = {**home, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr

@@ -144,9 +144,9 @@ def test_where_gradients_are_asked_for_nothing_is_replayed() -> None:
     denoiser = unet(replay=True)
     x = torch.randn(4, *CHANNEL.x_shape, device="cuda", requires_grad=True)
     condition = torch.randn(4, CHANNEL.condition_channels, 16, 16, device="cuda")
-    with denoiser.repeated() as estimate:
+    with denoiser.repeated():
         for _ in range(3):
-            estimate(x, torch.ones(1, device="cuda"), condition).sum().backward()
+            denoiser(x, torch.ones(1, device="cuda"), condition).sum().backward()
     assert x.grad is not None
     assert float(x.grad.abs().sum()) > 0
 
@@ -177,9 +177,9 @@ def test_a_denoiser_around_the_gaussian_posterior_is_replayed() -> None:
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("error")
         expected = denoiser(*arguments)
-        with denoiser.repeated() as estimate:
+        with denoiser.repeated():
             for _ in range(3):
-                assert torch.equal(estimate(*arguments), expected)
+                assert torch.equal(denoiser(*arguments), expected)
 
 
 def test_a_denoiser_and_its_recordings_are_freed_at_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
 import shutil
 import signal
@@ -18,7 +19,8 @@ import pytest
 from pipelines import cancellation, stages
 from pipelines.config_io import load_config
 from pipelines.progress import Advance, use_reporter
-from pipelines.runners import distributed
+from pipelines.runners import distributed, worker_process
+from pipelines.runners.devices import Device
 from pipelines.runners.distributed import RankDied, rank_devices, training_workers
 from storage_schemas.config import LocalRunner, RayRunner
 from storage_schemas.run_store import RunStore
@@ -298,3 +300,29 @@ def test_each_process_has_a_gpu_of_its_own_or_its_part_of_the_threads(
     for config, size in ((LocalRunner(device="cuda"), 3), (LocalRunner(device="cuda:0"), 2)):
         with pytest.raises(ValueError, match=f"m_step_workers is {size} .* there are 2"):
             rank_devices(config, size)
+
+
+def test_what_the_flow_set_holds_for_what_processes_report(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Among it the address of the embedded server; without it, another would be started."""
+    told: contextvars.ContextVar[str] = contextvars.ContextVar("told", default="nothing")
+    seen: list[tuple[int, str]] = []
+
+    class Process:
+        def __init__(self, rank: int, device: Device) -> None:
+            self.rank = rank
+
+        def call(self, stage: str, args: list[Any]) -> None:
+            seen.append((self.rank, told.get()))
+
+        def end(self, now: float) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(worker_process, "WorkerProcess", Process)
+    told.set("the flow's")
+    distributed._on_this_machine("stage", [], [Device("processor", {})] * 2)
+    assert sorted(seen) == [(0, "the flow's"), (1, "the flow's")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -38,9 +39,10 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[subprocess.Popen[b
     monkeypatch.setattr(module.subprocess, "Popen", start)
     yield servers
     module._end()
-    for server in servers:
-        server.kill()
-        server.wait()
+    for process in (*servers, *module._left):
+        process.kill()
+        process.wait()
+    module._left.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +77,9 @@ def test_where_a_server_is_configured_none_begins(
     assert started == []
 
 
-@pytest.mark.usefixtures("started")
-def test_a_server_that_does_not_answer_in_time_is_given_up() -> None:
+def test_a_server_that_does_not_answer_in_time_is_given_up(
+    started: list[subprocess.Popen[bytes]],
+) -> None:
     with (
         temporary_settings({PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 1}),
         pytest.raises(RuntimeError, match="it did not answer in 1 s"),
@@ -84,6 +87,24 @@ def test_a_server_that_does_not_answer_in_time_is_given_up() -> None:
     ):
         pass
     assert module._server is None, "the next run tries again"
+    started[0].wait(10)  # Its watcher ends it.
+
+
+def test_what_speaks_another_language_there_does_not_answer(
+    started: list[subprocess.Popen[bytes]],
+) -> None:
+    module.begin_embedded_server()
+    assert module._server is not None
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        module._server._port = other.getsockname()[1]
+
+        def answer() -> None:
+            connection, _ = other.accept()
+            with connection:
+                connection.sendall(b"220 mail ready\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        assert not module._server._answers()
 
 
 def test_a_server_that_ends_is_not_waited_for(

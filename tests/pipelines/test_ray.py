@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,6 +119,7 @@ def test_a_cluster_computes_the_bytes_of_one_machine_also_when_a_node_dies(
 MAPPED = """
 import os, sys
 from pathlib import Path
+from types import SimpleNamespace
 from pipelines.prefect_settings import apply_defaults
 apply_defaults()
 from prefect import flow
@@ -304,15 +306,19 @@ def test_what_answers_but_is_no_cluster_is_given_one_try() -> None:
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_a_cluster_needs_a_prefect_server() -> None:
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+def test_a_cluster_needs_a_prefect_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
+    from pipelines import embedded_server
     from pipelines.runners.ray import build_ray_task_runner
 
-    with (
-        temporary_settings(restore_defaults={PREFECT_API_URL}),
-        pytest.raises(ValueError, match="PREFECT_API_URL is not set"),
-    ):
+    refused = pytest.raises(ValueError, match="PREFECT_API_URL is not set")
+    with temporary_settings(restore_defaults={PREFECT_API_URL}), refused:
+        build_ray_task_runner(RayRunner())
+    # The one that this process started is not reached by other nodes.
+    own = SimpleNamespace(url=get_current_settings().api.url)
+    monkeypatch.setattr(embedded_server, "_server", own)
+    with refused:
         build_ray_task_runner(RayRunner())
 
 

@@ -96,7 +96,9 @@ def metric(value: float | None) -> Metric:
         ({"kind": "plateau"}, (True, 2)),
         ({"kind": "plateau", "patience": 4}, (False, 2)),
         ({"kind": "plateau", "monitor": "energy"}, (False, 5)),
-        ({"kind": "floor"}, (True, 4)),
+        ({"kind": "plateau", "monitor": "frechet"}, (False, 5)),
+        ({"kind": "floor"}, (False, 2)),
+        ({"kind": "floor", "monitor": "frechet"}, (True, 4)),
         ({"kind": "floor", "monitor": "energy"}, (False, 5)),
         ({"kind": "plateau", "monitor": "classifier"}, (False, 5)),
     ],
@@ -111,7 +113,9 @@ def test_the_decision_is_that_of_the_committed_metrics(
     metrics = [
         {
             "divergence": metric(values[k]),
-            "divergence_floor": metric(floors[k]),
+            "divergence_floor": metric(0.1),
+            "frechet": metric(values[k]),
+            "frechet_floor": metric(floors[k]),
             "energy": metric(1.0 - 0.1 * k),
         }
         for k in range(6)
