@@ -11,7 +11,8 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -48,20 +49,59 @@ def undisturbed(
     return results_at(str(url)), events(url)
 
 
+@dataclass(frozen=True)
+class Scene:
+    """What is to be killed, and what it has to end with."""
+
+    folder: Path
+    config: Path
+    environment: dict[str, str]
+    expected: dict[str, str]
+    """Checksums of the undisturbed run."""
+    events: int
+    """How many events that one reported."""
+
+    @property
+    def url(self) -> Path:
+        """The run."""
+        return self.folder / "run"
+
+    def working(
+        self, *more: str, environment: dict[str, str] | None = None
+    ) -> AbstractContextManager[subprocess.Popen[bytes]]:
+        """Start the run, or go on with it; see `working`."""
+        return working(self.config, self.url, environment or self.environment, *more)
+
+    def finish(self, *more: str, environment: dict[str, str] | None = None) -> None:
+        """Let the run come to its end, which has to be that of the undisturbed one."""
+        run_tiny(self.config, str(self.url), environment or self.environment, *MORE, *more)
+        assert results_at(str(self.url)) == self.expected
+        assert verify(RunStore.open(str(self.url))).ok
+
+    def at_some_instant(
+        self, rng: random.Random, total: int, process: subprocess.Popen[bytes]
+    ) -> bool:
+        """Wait for a random event and a moment more; tell whether the run is still at work."""
+        wanted = rng.randrange(1, total)
+        while events(self.url) < wanted and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        return process.poll() is None
+
+
+@pytest.fixture
+def scene(
+    tmp_path: Path,
+    tiny_config: Path,
+    home: dict[str, str],
+    undisturbed: tuple[dict[str, str], int],
+) -> Scene:
+    return Scene(tmp_path, tiny_config, home, *undisturbed)
+
+
 def events(url: Path) -> int:
     """Count what a run has reported: shards, M-steps, evaluations that ended."""
     return sum(" in " in line for line in url.with_suffix(".log").read_text().splitlines())
-
-
-def at_some_instant(
-    rng: random.Random, url: Path, total: int, process: subprocess.Popen[bytes]
-) -> bool:
-    """Wait for a random event of a run and a moment more; tell whether it is still at work."""
-    wanted = rng.randrange(1, total)
-    while events(url) < wanted and process.poll() is None:
-        time.sleep(0.01)
-    time.sleep(rng.uniform(0, 0.3))
-    return process.poll() is None
 
 
 @contextmanager
@@ -90,32 +130,17 @@ def working(
             process.wait()
 
 
-def finish(
-    config: Path, url: Path, environment: dict[str, str], expected: dict[str, str], *more: str
-) -> None:
-    run_tiny(config, str(url), environment, *MORE, *more)
-    assert results_at(str(url)) == expected
-    assert verify(RunStore.open(str(url))).ok
-
-
 @pytest.mark.parametrize("seed", range(4))
-def test_the_process_of_the_run(
-    seed: int,
-    tmp_path: Path,
-    tiny_config: Path,
-    home: dict[str, str],
-    undisturbed: tuple[dict[str, str], int],
-) -> None:
-    expected, total = undisturbed
+def test_the_process_of_the_run(seed: int, scene: Scene) -> None:
     rng = random.Random(f"flow {seed}")
     killed = 0
     for _ in range(3):
-        with working(tiny_config, tmp_path / "run", home) as process:
-            if at_some_instant(rng, tmp_path / "run", total // 2, process):
+        with scene.working() as process:
+            if scene.at_some_instant(rng, scene.events // 2, process):
                 os.kill(process.pid, signal.SIGKILL)
                 process.wait()
                 killed += 1
-    finish(tiny_config, tmp_path / "run", home, expected)
+    scene.finish()
     assert killed, "every run ended before its kill: nothing was tested"
 
 
@@ -126,19 +151,12 @@ def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_worker(
-    seed: int,
-    tmp_path: Path,
-    tiny_config: Path,
-    home: dict[str, str],
-    undisturbed: tuple[dict[str, str], int],
-) -> None:
-    expected, total = undisturbed
+def test_a_worker(seed: int, scene: Scene) -> None:
     rng = random.Random(f"worker {seed}")
     killed = 0
-    with working(tiny_config, tmp_path / "run", home, *WORKERS) as process:
+    with scene.working(*WORKERS) as process:
         for half in (1, 2):
-            working_still = at_some_instant(rng, tmp_path / "run", half * total // 2, process)
+            working_still = scene.at_some_instant(rng, half * scene.events // 2, process)
             workers = workers_of(process)
             if working_still and workers:
                 os.kill(rng.choice(workers), signal.SIGKILL)
@@ -146,55 +164,44 @@ def test_a_worker(
         assert process.wait(timeout=600) == 0, "the run goes on with another worker"
         assert not in_session(process.pid)
     assert killed
-    assert results_at(str(tmp_path / "run")) == expected
+    assert results_at(str(scene.url)) == scene.expected
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_prefect_server(
-    seed: int,
-    tmp_path: Path,
-    tiny_config: Path,
-    home: dict[str, str],
-    undisturbed: tuple[dict[str, str], int],
-) -> None:
-    expected, total = undisturbed
+def test_the_prefect_server(seed: int, scene: Scene) -> None:
     rng = random.Random(f"server {seed}")
-    (tmp_path / "server").mkdir()
+    (scene.folder / "server").mkdir()
     with (
-        prefect_server(tmp_path / "server") as served,
-        working(tiny_config, tmp_path / "run", served) as process,
+        prefect_server(scene.folder / "server") as served,
+        scene.working(environment=served) as process,
     ):
-        assert at_some_instant(rng, tmp_path / "run", total * 3 // 4, process)
+        assert scene.at_some_instant(rng, scene.events * 3 // 4, process)
         os.killpg(int(served["DIFFEM_TEST_SERVER"]), signal.SIGKILL)
         status = process.wait(timeout=600)
         assert status in (0, 1), "it ends by itself: done, or failed with a message"
-        said = (tmp_path / "run.log").read_text()
+        said = scene.url.with_suffix(".log").read_text()
         assert status == 0 or "no Prefect server answers there; start it" in said
         assert "Traceback" not in said
         assert "failed to process item" not in said, "every event that was not told, in full"
-    finish(tiny_config, tmp_path / "run", home, expected)
+    scene.finish()
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_node_of_the_cluster(
-    seed: int,
-    tmp_path: Path,
-    tiny_config: Path,
-    home: dict[str, str],
-    undisturbed: tuple[dict[str, str], int],
-) -> None:
+def test_a_node_of_the_cluster(seed: int, scene: Scene) -> None:
     for needed in ("ray", "prefect_ray"):
         pytest.importorskip(needed, reason="needs the extra 'ray': pip install 'diffem[ray]'")
-    expected, _ = undisturbed
     rng = random.Random(f"node {seed}")
-    (tmp_path / "server").mkdir()
-    url = tmp_path / "run"
-    with prefect_server(tmp_path / "server") as served, ray_cluster(home | QUIET) as cluster:
+    (scene.folder / "server").mkdir()
+    url = scene.url
+    with (
+        prefect_server(scene.folder / "server") as served,
+        ray_cluster(scene.environment | QUIET) as cluster,
+    ):
         there = served | QUIET
         with (
             cluster.second() as second,
             cluster_of_two(cluster),
-            working(tiny_config, url, there, *on_cluster(cluster)) as process,
+            scene.working(*on_cluster(cluster), environment=there) as process,
         ):
             shards = rng.randrange(1, 20)
             while process.poll() is None and shards_of(url) < shards:
@@ -209,7 +216,7 @@ def test_a_node_of_the_cluster(
             )
             assert status in (0, 1), "it ends by itself: done, or failed with a message"
             assert "Traceback" not in said
-        finish(tiny_config, url, there, expected, *on_cluster(cluster))
+        scene.finish(*on_cluster(cluster), environment=there)
 
 
 @contextmanager
