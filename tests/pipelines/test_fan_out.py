@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipelines.cancellation import Cancelled
-from pipelines.runners import choice
+from pipelines.runners import fan_out as module
 from pipelines.runners.devices import WorkerDied
 from pipelines.runners.fan_out import fan_out
 
@@ -40,7 +40,7 @@ class Pool:
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "PAUSES", (0.0,))
+    monkeypatch.setattr(module, "PAUSES", (0.0,))
 
 
 def nothing() -> None:
