@@ -116,13 +116,12 @@ class BatchGradient:
                     self.generator.set_state(drawn)
                 for dropout in self._dropouts:
                     dropout.rows = None if part == slice(0, n) else (part, n)
-                loss = add_gradient(
+                total += add_gradient(
                     x[part],
                     z[part],
                     sigma_t[part],
                     None if condition is None else condition[part],
                 )
-                total += loss * ((part.stop - part.start) / n)
         except torch.OutOfMemoryError:
             if all(part.stop - part.start == 1 for part in parts):
                 raise
@@ -132,7 +131,7 @@ class BatchGradient:
     def _add_gradient(
         self, x: Tensor, z: Tensor, sigma_t: Tensor, condition: Tensor | None
     ) -> Tensor:
-        """Add a piece's part of the gradient of the batch's mean loss; return the piece's own."""
-        loss = denoising_loss(self.denoiser, x, z, sigma_t, condition)
-        (loss * (len(x) / self._n)).backward()  # type: ignore[no-untyped-call]
+        """Add a piece's part of the gradient of the batch's mean loss; return its part of that."""
+        loss = denoising_loss(self.denoiser, x, z, sigma_t, condition) * (len(x) / self._n)
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()

@@ -14,6 +14,7 @@ from torch import Tensor
 from pipelines.costs.rates import Affine
 from pipelines.progress import use_reporter
 from pipelines.runners.devices import THREADS_VARIABLE
+from pipelines.runners.processors import torch_threads
 from pipelines.stages.bench import Bench
 
 __all__ = ["BUDGET", "line_through", "median_of", "ticking", "white_noise", "with_threads"]
@@ -82,13 +83,12 @@ class _Ticking:
 @contextmanager
 def with_threads(count: int) -> Iterator[None]:
     """Let PyTorch, and whatever asks `build_device`, have so many threads."""
-    before, told = torch.get_num_threads(), os.environ.get(THREADS_VARIABLE)
+    told = os.environ.get(THREADS_VARIABLE)
     os.environ[THREADS_VARIABLE] = str(count)
-    torch.set_num_threads(count)
     try:
-        yield
+        with torch_threads(count):
+            yield
     finally:
-        torch.set_num_threads(before)
         if told is None:
             del os.environ[THREADS_VARIABLE]
         else:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
 from diffem_core.classifier import DigitClassifier
 from diffem_core.scaling import Scaling
 from pipelines import build
+from pipelines.runners.processors import torch_threads
 from storage_schemas.config import RunnerConfig
 
 __all__ = ["fit_classifier"]
@@ -42,18 +40,9 @@ def fit_classifier(
     Returns:
         The classifier, on the processor, as clean images are.
     """
-    with build.repeatable(runner, device), _few_threads():
+    few = min(_THREADS, torch.get_num_threads())
+    with build.repeatable(runner, device), torch_threads(few):
         model = DigitClassifier.fit(
             x.to(device), labels.to(device), scaling=scaling, seed=seed, epochs=epochs
         )
     return model.cpu()
-
-
-@contextmanager
-def _few_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(before, _THREADS))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

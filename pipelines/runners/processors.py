@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["usable_threads"]
+__all__ = ["torch_threads", "usable_threads"]
 
 
 @functools.cache
@@ -22,3 +24,16 @@ def usable_threads() -> int:
 
     cores = int(joblib.cpu_count(only_physical_cores=True))
     return cores if cores <= 2 else cores - 1
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let PyTorch compute with so many threads inside."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
