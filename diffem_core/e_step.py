@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from diffem_core.drawing import draw_in_batches
 from diffem_core.posterior import Posterior
 from diffem_core.seeds import derive_seed
 
@@ -60,28 +61,18 @@ def e_step(
             raise ValueError(
                 f"e_step received {n} observations but {name} of length {length}; give one each"
             )
-    parts: list[Tensor] = []
-    start = 0
-    while start < n:
-        rows = slice(start, min(start + batch_size, n))
-        part = _if_it_fits(
-            posterior,
-            y[rows],
-            {name: value[rows] for name, value in params.items()},
-            seeds[rows],
-            temperature,
-        )
-        if part is None:
-            batch_size = (rows.stop - rows.start) // 2
-            if on_smaller_batch is not None:
-                on_smaller_batch(batch_size)
-            continue
-        _refuse_non_finite(part, start)
-        parts.append(part)
-        start = rows.stop
-        if on_progress is not None:
-            on_progress(len(part))
-    return torch.cat(parts)
+
+    def draw(rows: slice) -> Tensor:
+        given = {name: value[rows] for name, value in params.items()}
+        return posterior.sample(y[rows], given, seeds=seeds[rows], temperature=temperature)
+
+    return draw_in_batches(
+        draw,
+        n,
+        batch_size=batch_size,
+        on_progress=on_progress,
+        on_smaller_batch=on_smaller_batch,
+    )
 
 
 def refreshed(sample_ids: Sequence[int], *, iteration: int, fraction: float, seed: int) -> Tensor:
@@ -107,36 +98,3 @@ def refreshed(sample_ids: Sequence[int], *, iteration: int, fraction: float, see
     phases = [derive_seed(seed, int(i)) / 2**63 for i in sample_ids]
     turns = torch.tensor(phases, dtype=torch.float64) + iteration * fraction
     return turns.remainder(1.0) < fraction
-
-
-def _if_it_fits(
-    posterior: Posterior,
-    y: Tensor,
-    params: Mapping[str, Tensor],
-    seeds: Sequence[int],
-    temperature: float,
-) -> Tensor | None:
-    """Draw one batch; return None if the GPU has no memory for it, but might have for less."""
-    try:
-        return posterior.sample(y, params, seeds=seeds, temperature=temperature)
-    except torch.OutOfMemoryError as error:
-        if len(y) == 1:
-            raise torch.OutOfMemoryError(
-                "the GPU has no memory for one observation, the smallest batch there is; end what "
-                f"else runs on it, take a smaller network, or work on the processor ({error})"
-            ) from error
-    # The error is gone by now, and with it the frames that held the batch.
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.empty_cache()
-    return None
-
-
-def _refuse_non_finite(x: Tensor, start: int) -> None:
-    finite = torch.isfinite(x).flatten(1).all(dim=1)
-    if not finite.all():
-        bad = (start + (~finite).nonzero().flatten()).tolist()
-        raise FloatingPointError(
-            f"{len(bad)} reconstructions are not finite (observations "
-            f"{bad[:8]}{'...' if len(bad) > 8 else ''} of this call); the model has diverged: "
-            "lower the learning rate, or start again from an earlier iteration"
-        )

@@ -7,6 +7,10 @@ imported inside the commands that use them.
 
 from __future__ import annotations
 
+import atexit
+import logging
+import os
+import sys
 from collections.abc import Callable
 
 import typer
@@ -53,8 +57,38 @@ app.add_typer(bench)
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line.
+
+    With Prefect and PyTorch imported, Python takes two seconds and more to free every object at
+    the end of a process, which the system does at once. All that is registered for the end of the
+    process is still called before.
+    """
+    leaving = _Leaving()
+    atexit.register(leaving.leave)  # Called last: whatever is imported from now on comes earlier.
+    try:
+        app()
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            leaving.status = end.code or 0
+        raise
+
+
+class _Leaving:
+    """The end of the process, once its exit status is known."""
+
+    status: int | None = None
+
+    def leave(self) -> None:
+        """Leave, unless the status is unknown or what was printed cannot be written."""
+        if self.status is None:
+            return
+        logging.shutdown()
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            return
+        os._exit(self.status)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from diffem_core.channel import Channel
-from diffem_core.posterior import DiffusionPrior
 from diffem_core.scaling import Scaling
 from diffem_core.seeds import derive_seed
 from pipelines.evaluation import (
@@ -23,36 +22,7 @@ from pipelines.evaluation import (
 from storage_schemas.config import EvaluationConfig
 from storage_schemas.metrics import Metric, Metrics
 
-__all__ = ["draw_prior", "evaluate_prior"]
-
-
-def draw_prior(
-    prior: DiffusionPrior,
-    samples: int,
-    *,
-    seed: int,
-    batch_size: int,
-    on_progress: Callable[[int], None] | None = None,
-) -> Tensor:
-    """Draw samples of a prior, each with a seed of its own.
-
-    Arguments:
-        prior: The prior.
-        samples: How many.
-        seed: Seed of all of them.
-        batch_size: Samples per call.
-        on_progress: Called with the number of samples just drawn.
-
-    Returns:
-        Shape (samples, *x_shape), in data units, on the CPU.
-    """
-    parts = []
-    for first in range(0, samples, batch_size):
-        numbers = range(first, min(first + batch_size, samples))
-        parts.append(prior.sample(seeds=[derive_seed(seed, i) for i in numbers]).cpu())
-        if on_progress is not None:
-            on_progress(len(numbers))
-    return torch.cat(parts)
+__all__ = ["evaluate_prior"]
 
 
 def evaluate_prior(

@@ -28,6 +28,7 @@ from rich import box
 from rich.table import Table
 
 from pipelines.bench.layout import wide_console
+from pipelines.process_memory import peak_of
 from storage_schemas._base import Record
 from storage_schemas.objects import ObjectStore
 from storage_schemas.observations import ObservationBlock, write_observations
@@ -305,9 +306,7 @@ class _Peaks:
     def _watch(self) -> None:
         while not self._ended.wait(_POLL_SECONDS):
             for pid in (self._pid, *_workers_below(self._pid)):
-                peak = _peak_mb(pid)
-                if peak is not None:
-                    self._peaks[pid] = max(peak, self._peaks.get(pid, 0.0))
+                self._peaks[pid] = max(peak_of(pid) / 2**20, self._peaks.get(pid, 0.0))
 
 
 def _workers_below(pid: int) -> list[int]:
@@ -330,11 +329,3 @@ def _workers_below(pid: int) -> list[int]:
         if "pipelines.runners.worker" in command:
             found.append(child)
     return found
-
-
-def _peak_mb(pid: int) -> float | None:
-    try:
-        text = Path(f"/proc/{pid}/status").read_text()
-        return int(text.partition("VmHWM:")[2].split()[0]) / 1024
-    except (OSError, IndexError):
-        return None

@@ -6,7 +6,8 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,7 @@ def plain_loop(config: str, url: str, overrides: Sequence[str]) -> None:
 
     store = RunStore.create(url, load_config(config, overrides))
     print("begin", file=sys.stderr, flush=True)
-    stages.prepare_observations(url)
-    stages.fit_start(url)
-    for iteration in range(store.config.iterations):
-        plan = stages.lay_out_iteration(url, iteration)
-        digest = plan["config_digest"]
-        for shard in range(plan["shards"]):
-            stages.e_step_shard(url, iteration, shard, digest, plan["parent_digest"])
-        learned_from = stages.reconstructions_digest(url, iteration)
-        stages.refine_model(url, iteration, digest, learned_from)
-        stages.evaluate_iteration(url, iteration, digest, stages.model_digest(url, iteration))
-        stages.commit_iteration(url, iteration, 0)
+    _loop(url, store.config.iterations, lambda stage, *args: getattr(stages, stage)(*args), map)
     if store.config.prior is not None:
         stages.fit_prior(url)
 
@@ -42,7 +33,6 @@ def mapped_loop(config: str, url: str) -> None:
     """Do a whole run as a loop over its stages, with shards mapped over the devices."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from pipelines import stages
     from pipelines.config_io import load_config
     from pipelines.runners.devices import open_devices
     from storage_schemas.config import LocalRunner
@@ -52,22 +42,34 @@ def mapped_loop(config: str, url: str) -> None:
     runner = store.config.runner
     assert isinstance(runner, LocalRunner), "this machine is measured"
     with open_devices(runner) as pool, ThreadPoolExecutor(pool.size) as threads:
-        stages.prepare_observations(url)
-        stages.fit_start(url)
-        for iteration in range(store.config.iterations):
-            plan = stages.lay_out_iteration(url, iteration)
-            given = (plan["config_digest"], plan["parent_digest"])
-            shards = [
-                threads.submit(pool.call, "e_step_shard", url, iteration, shard, *given)
-                for shard in range(plan["shards"])
-            ]
-            for shard in shards:
-                shard.result()
-            digest = stages.reconstructions_digest(url, iteration)
-            pool.call("refine_model", url, iteration, given[0], digest)
-            model = stages.model_digest(url, iteration)
-            pool.call("evaluate_iteration", url, iteration, given[0], model)
-            stages.commit_iteration(url, iteration, 0)
+        _loop(url, store.config.iterations, pool.call, threads.map)
+
+
+def _loop(
+    url: str, iterations: int, call: Callable[..., Any], mapped: Callable[..., Iterable[Any]]
+) -> None:
+    """Do a new run up to its last iteration.
+
+    Arguments:
+        url: The run.
+        iterations: How many it has.
+        call: Does a stage that computes, by its name and arguments.
+        mapped: `map`, over shards.
+    """
+    from pipelines import stages
+
+    stages.prepare_observations(url)
+    stages.fit_start(url)
+    for iteration in range(iterations):
+        plan = stages.lay_out_iteration(url, iteration)
+        digest, parent = plan["config_digest"], plan["parent_digest"]
+        stage, run, k = repeat("e_step_shard"), repeat(url), repeat(iteration)
+        shards = range(plan["shards"])
+        list(mapped(call, stage, run, k, shards, repeat(digest), repeat(parent)))
+        learned_from = stages.reconstructions_digest(url, iteration)
+        call("refine_model", url, iteration, digest, learned_from)
+        call("evaluate_iteration", url, iteration, digest, stages.model_digest(url, iteration))
+        stages.commit_iteration(url, iteration, 0)
 
 
 def nothing(run_url: str, shard: int) -> dict[str, Any]:

@@ -33,9 +33,9 @@ _FEEDS: tuple[dict[str, Any], ...] = (
     {"samples": 50_000, "x_shape": (3, 32, 32), "channels": (32, 64), "steps": 10},
 )
 
-# A process inherits the peak of the one that started it in `ru_maxrss`, but not in /proc.
 _PROBE = """
-import json, pathlib, resource, sys
+import json, pathlib, sys
+from pipelines.process_memory import highest_memory
 given = json.loads(sys.argv[1])
 given["x_shape"] = tuple(given["x_shape"])
 if given.pop("what") == "store":
@@ -45,11 +45,7 @@ else:
     from pipelines.bench.feeding import measure_feeding
     given["channels"] = tuple(given["channels"])
     result = measure_feeding(pathlib.Path(given.pop("url")), **given)
-try:
-    text = pathlib.Path("/proc/self/status").read_text()
-    peak = int(text.partition("VmHWM:")[2].split()[0]) / 1024
-except (OSError, IndexError):
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = highest_memory() / 2**20
 print(json.dumps({"result": result.model_dump(mode="json"), "peak_mb": peak}))
 """
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from pipelines.costs.peaks import highest_memory
+from pipelines.process_memory import highest_memory
 
 __all__ = ["Work", "in_turns", "median", "peak_memory", "seconds_of"]
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import resource
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-__all__ = ["Peak", "base_memory", "highest_memory", "peak_memory"]
+from pipelines.process_memory import base_memory, highest_memory
 
-_STATUS = Path("/proc/self/status")
+__all__ = ["Peak", "peak_memory"]
+
 _RESET = Path("/proc/self/clear_refs")
 
 
@@ -23,16 +22,6 @@ class Peak:
 
     bytes: int = 0
     """Bytes beyond those that were taken before."""
-
-
-def base_memory() -> int:
-    """Return the bytes that this process takes now."""
-    return _status("VmRSS:") or _used()
-
-
-def highest_memory() -> int:
-    """Return the most bytes that this process has taken so far."""
-    return _status("VmHWM:") or _used()
 
 
 @contextlib.contextmanager
@@ -54,17 +43,3 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     before = base_memory()
     yield peak
     peak.bytes = max(0, highest_memory() - before)
-
-
-def _status(key: str) -> int:
-    """Read a number of KiB of Linux's account of this process; 0 elsewhere."""
-    try:
-        text = _STATUS.read_text()
-    except OSError:
-        return 0
-    return int(text.partition(key)[2].split()[0]) * 1024
-
-
-def _used() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

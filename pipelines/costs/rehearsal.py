@@ -29,12 +29,13 @@ from pipelines import build, stages
 from pipelines.costs import measuring
 from pipelines.costs.measuring import line_through, white_noise, with_threads
 from pipelines.costs.networks import conditional_modes, network_rates
-from pipelines.costs.peaks import base_memory, peak_memory
+from pipelines.costs.peaks import peak_memory
 from pipelines.costs.rates import Affine, NetworkRates, Rates
 from pipelines.evaluation import Observed
 from pipelines.evaluation.classifier import fit_classifier
 from pipelines.ingest.stored import open_stored
 from pipelines.model_files import read_model
+from pipelines.process_memory import base_memory
 from pipelines.sources import choose_holdout, load_clean_samples
 from pipelines.stages.bench import Bench, as_arrays, observed
 from pipelines.stages.judge import judge

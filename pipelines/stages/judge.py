@@ -9,13 +9,14 @@ import time
 import torch
 
 from diffem_core.classifier import DigitClassifier
+from diffem_core.drawing import draw_prior
 from diffem_core.posterior import DiffusionPrior, Posterior
 from diffem_core.seeds import derive_seed
 from pipelines import build
 from pipelines.evaluation import Evaluation, Observed, Truth, evaluate, work_of
 from pipelines.evaluation.classifier import fit_classifier
 from pipelines.preview import image_preview, observed_images, vector_preview
-from pipelines.prior_evaluation import draw_prior, evaluate_prior
+from pipelines.prior_evaluation import evaluate_prior
 from pipelines.progress import reporter, stage
 from pipelines.stages.bench import Bench, observed
 from pipelines.stages.feeding import spread_rows
@@ -181,11 +182,11 @@ def judge_prior(
     """Draw from a prior, compare with clean samples and observations, record the stage."""
     began = time.perf_counter()
     config = bench.config
+    seed = bench.seed("prior", "samples")
     with stage("prior · evaluation", total=samples, unit="samples") as advance:
         drawn = draw_prior(
             prior,
-            samples,
-            seed=bench.seed("prior", "samples"),
+            [derive_seed(seed, i) for i in range(samples)],
             batch_size=config.e_step.batch_size,
             on_progress=advance,
         )

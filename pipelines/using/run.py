@@ -25,6 +25,7 @@ from torch import Tensor
 
 from diffem_core.channel import Channel
 from diffem_core.denoiser import Denoiser
+from diffem_core.drawing import draw_prior
 from diffem_core.e_step import e_step
 from diffem_core.posterior import DiffusionPrior, Posterior
 from diffem_core.seeds import derive_seed
@@ -419,19 +420,8 @@ class RunPrior:
         require_positive("batch_size", batch_size)
         size = batch_size or self._bench.config.e_step.batch_size
         prior = self._prior(_with_steps(self._bench, steps))
-        parts = []
-        for start in range(first, first + n, size):
-            numbers = range(start, min(start + size, first + n))
-            part = prior.sample(seeds=[derive_seed(seed, "sample", i) for i in numbers]).cpu()
-            if not torch.isfinite(part).all():
-                raise FloatingPointError(
-                    f"samples {start} to {numbers.stop - 1} of the prior are not finite; train it "
-                    "with a lower learning rate"
-                )
-            parts.append(part)
-            if on_progress is not None:
-                on_progress(len(numbers))
-        return torch.cat(parts)
+        seeds = [derive_seed(seed, "sample", i) for i in range(first, first + n)]
+        return draw_prior(prior, seeds, batch_size=size, on_progress=on_progress)
 
     def sampler(self, steps: int | None = None) -> dict[str, JsonValue]:
         """Describe the sampler, as in a config."""

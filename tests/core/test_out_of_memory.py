@@ -1,13 +1,16 @@
 """An E-step on a GPU that has no memory for a whole batch."""
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
 
+from diffem_core.drawing import draw_prior
 from diffem_core.e_step import e_step
 from diffem_core.noise import SampleNoise
+from diffem_core.posterior import DiffusionPrior
 
 
 class SmallGPU:
@@ -80,7 +83,7 @@ def test_memory_that_runs_out_later_costs_nothing_that_was_drawn() -> None:
 def test_no_memory_for_a_single_observation_says_what_to_do() -> None:
     gpu = SmallGPU(fits=0)
     with pytest.raises(
-        torch.OutOfMemoryError, match=r"one observation.*take a smaller network.*2\.00 GiB"
+        torch.OutOfMemoryError, match=r"one sample.*take a smaller network.*2\.00 GiB"
     ):
         draw(gpu)
     assert gpu.batches == [8, 4, 2, 1]
@@ -96,3 +99,27 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
     with pytest.raises(RuntimeError, match="the device went away"):
         draw(gpu)
     assert gpu.batches == [8]
+
+
+class SmallGPUPrior:
+    """Draws one number a seed, and has memory for two at a time."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def sample(self, *, seeds: Sequence[int]) -> Tensor:
+        self.batches.append(len(seeds))
+        if len(seeds) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return SampleNoise(seeds).normal((3,))
+
+
+def test_samples_of_a_prior_are_drawn_in_smaller_batches_too() -> None:
+    prior, progress = SmallGPUPrior(), list[int]()
+    x = draw_prior(
+        cast(DiffusionPrior, prior), range(5), batch_size=4, on_progress=progress.append
+    )
+    assert prior.batches == [4, 2, 2, 1]
+    assert progress == [2, 2, 1]
+    expected = SampleNoise(range(5)).normal((3,))
+    assert torch.equal(x, expected)

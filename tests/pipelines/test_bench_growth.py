@@ -10,6 +10,7 @@ import pytest
 from pipelines.bench import growth
 from pipelines.bench.growth import GrowthBenchmark, GrowthRun, bench_growth, print_growth
 from pipelines.check import check_config
+from pipelines.process_memory import peak_of
 from storage_schemas.config import RunConfig
 
 
@@ -79,14 +80,12 @@ def test_workers_are_found_below_the_process_that_started_them() -> None:
         found = growth._workers_below(os.getpid())
         assert child.pid in found
         assert other.pid not in found
-        peak = growth._peak_mb(child.pid)
-        assert peak is not None
-        assert 1 < peak < 200
+        assert 1 < peak_of(child.pid) / 2**20 < 200
     finally:
         for process in (child, other):
             process.kill()
             process.wait()
-    assert growth._peak_mb(child.pid) is None
+    assert peak_of(child.pid) == 0
 
 
 @pytest.mark.slow

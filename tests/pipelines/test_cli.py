@@ -125,3 +125,55 @@ def test_an_unknown_benchmark_is_a_mistake() -> None:
     result = CliRunner().invoke(app, ["bench", "storge"])
     assert result.exit_code == 2
     assert "No such command 'storge'" in result.stderr
+
+
+ENDING = """
+import atexit, sys
+from pipelines import cli
+
+class Large:
+    def __del__(self):
+        print("taken apart")
+
+large = Large()
+
+def command():
+    atexit.register(print, "told of the end")
+    print("worked")
+    {ending}
+
+cli.app = command
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "said"),
+    [
+        ("raise SystemExit(0)", 0, ["worked", "told of the end"]),
+        ("raise SystemExit(3)", 3, ["worked", "told of the end"]),
+        ("raise SystemExit", 0, ["worked", "told of the end"]),
+        # These are left to Python, which has something to say about them.
+        ("raise SystemExit('a reason')", 1, ["worked", "told of the end", "taken apart"]),
+        ("raise RuntimeError('a reason')", 1, ["worked", "told of the end", "taken apart"]),
+    ],
+)
+def test_the_process_ends_without_being_taken_apart(
+    ending: str, status: int, said: list[str]
+) -> None:
+    code = ENDING.format(ending=ending)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()) == (status, said)
+    assert ("a reason" in done.stderr) == ("a reason" in ending)
+
+
+def test_what_was_printed_and_cannot_be_written_is_no_success() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    code = ENDING.format(ending="raise SystemExit(0)")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode != 0
+    assert "No space left on device" in done.stderr
