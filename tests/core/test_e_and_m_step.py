@@ -452,7 +452,7 @@ def test_non_finite_reconstructions_are_refused() -> None:
             return x
 
     y, params, _ = observed(6)
-    with pytest.raises(FloatingPointError, match=r"1 reconstructions .* \(observations \[4\]"):
+    with pytest.raises(FloatingPointError, match=r"1 of the samples .* \(numbers \[4\] of"):
         e_step(Broken(), y, params, seeds=range(6), batch_size=3)
 
 
