@@ -24,6 +24,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines.subprocesses import end, free_port
+
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
@@ -149,15 +151,10 @@ class _Server:
             _left.extend((self._process, self._watcher))
             return
         self._dismiss()
-        self._process.terminate()
-        try:
-            self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end(self._process, _END_SECONDS)
 
     def _start(self) -> None:
-        self._port = _free_port()
+        self._port = free_port()
         # Not what the current folder holds: -P for Python, --app-dir for uvicorn.
         command = [sys.executable, "-P", "-m", "uvicorn", "--app-dir", str(_PACKAGES)]
         address = ["--host", _HOST, "--port", str(self._port)]
@@ -200,12 +197,6 @@ class _Server:
         with suppress(BrokenPipeError), self._watcher.stdin:
             self._watcher.stdin.write(b"done\n")
         self._watcher.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 def _is_free(port: int) -> bool:

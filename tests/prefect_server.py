@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.bench import loopback_prefect
-from pipelines.bench.loopback_prefect import end
+from pipelines.subprocesses import end
 
 __all__ = ["end", "prefect_server"]
 

@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,7 +13,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["QUIET", "Cluster", "free_port", "kill_node", "on_cluster", "ray_cluster", "started"]
+from pipelines.subprocesses import free_port, running
+
+__all__ = ["QUIET", "Cluster", "kill_node", "on_cluster", "ray_cluster"]
 
 BIN = Path(sys.executable).parent
 
@@ -27,13 +28,6 @@ QUIET = {
     "OMP_NUM_THREADS": "1",
 }
 """Environment of all processes of a cluster, and of those that use it."""
-
-
-def free_port() -> int:
-    """Return a port on loopback at which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Cluster:
@@ -54,8 +48,8 @@ class Cluster:
         command = (str(BIN / "ray"), "start", *options, "--num-cpus", "1", "--num-gpus", "0")
         more = ("--node-ip-address", "127.0.0.1", "--block", "--disable-usage-stats")
         log = self.folder / f"{name}.log"
-        with started(*command, *more, log=log, environment=self.environment) as pid:
-            yield pid
+        with running([*command, *more], log=log, environment=self.environment) as process:
+            yield process.pid
 
     def head(self) -> contextlib.AbstractContextManager[int]:
         port = self.address.rpartition(":")[2]
@@ -115,24 +109,6 @@ def on_cluster(cluster: Cluster, *more: str) -> list[str]:
         *more,
     )
     return [part for override in overrides for part in ("--set", override)]
-
-
-@contextlib.contextmanager
-def started(*command: str, log: Path, environment: dict[str, str]) -> Iterator[int]:
-    """Run a program that serves, as long as it is needed."""
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
-    try:
-        yield process.pid
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def _descendants(pid: int) -> Iterator[tuple[int, str]]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["LoopbackPrefect", "end", "prefect_server"]
+from pipelines.subprocesses import free_port, running
+
+__all__ = ["LoopbackPrefect", "prefect_server"]
 
 _START_SECONDS = 300.0
 
@@ -44,9 +43,7 @@ def prefect_server(
     Raises:
         RuntimeError: It does not start.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     own = {
         **environment,
@@ -57,34 +54,11 @@ def prefect_server(
         "PREFECT_SERVER_UI_API_URL": url,
     }
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
-    with (home / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            [*command, "--port", str(port), "--ui" if ui else "--no-ui"],
-            env=own,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        _wait_for(f"{url}/health", process, home / "server.log")
+    command += ["--port", str(port), "--ui" if ui else "--no-ui"]
+    log = home / "server.log"
+    with running(command, log=log, environment=own) as process:
+        _wait_for(f"{url}/health", process, log)
         yield LoopbackPrefect({**own, "PREFECT_API_URL": url}, process.pid)
-    finally:
-        end(process)
-
-
-def end(process: subprocess.Popen[bytes], patience: float = 20.0) -> None:
-    """End a process and everything that it started in its session.
-
-    Arguments:
-        process: The leader of a session.
-        patience: Seconds that it has before it is killed.
-    """
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=patience)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import subprocess
 import sys
 import time
 import urllib.request
@@ -13,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+
+from pipelines.subprocesses import free_port, running
 
 __all__ = ["LoopbackS3", "loopback_s3"]
 
@@ -53,22 +54,13 @@ def loopback_s3(folder: Path) -> Iterator[LoopbackS3]:
                 f"an S3 server on loopback was asked for, but {package} is not installed; run pip "
                 "install 'moto[server]' s3fs, or give --url s3://... on a server of your own"
             )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     # The server must not inherit the credentials of whatever this machine uses.
     clean = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
     endpoint = f"http://127.0.0.1:{port}"
     log = folder / "moto.log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-            cwd=folder,
-            env=clean,
-            stdout=out,
-            stderr=out,
-        )
-    try:
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with running(command, log=log, environment=clean, folder=folder) as process:
         deadline = time.monotonic() + _PATIENCE
         while not _answers(port):
             if process.poll() is not None or time.monotonic() > deadline:
@@ -85,13 +77,6 @@ def loopback_s3(folder: Path) -> Iterator[LoopbackS3]:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
         yield LoopbackS3(url="s3://bench", environment=environment, log=log)
-    finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(10)
 
 
 def _answers(port: int) -> bool:

@@ -173,8 +173,8 @@ class _Costs:
         gaussian = start.gaussian if isinstance(start, MMPSStart) else start
         fitting = 0.0
         if isinstance(gaussian, GaussianStart):
-            rounds = rates.fit_round(min(gaussian.samples, self.plan.training))
-            fitting = gaussian.iterations * rounds
+            given = min(gaussian.samples, self.plan.training)
+            fitting = gaussian.iterations * rates.fit_round(given) + rates.fit_first(given)
         return fitting + self._drawn(self.plan.evaluated, -1) + rates.judge_first
 
     def start_model_bytes(self) -> int:

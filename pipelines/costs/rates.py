@@ -72,6 +72,8 @@ class Rates(Record):
     """Corrupting (or copying) and writing one observation."""
     fit_round: Affine
     """One round of the Gaussian start, by observations; none for other starts."""
+    fit_first: Affine
+    """What its first round takes more."""
     start_draw: NonNegativeFloat
     """One sample from the start's posterior."""
     shard: NonNegativeFloat

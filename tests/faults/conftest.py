@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.faults.cli import results_at, run_tiny
-from tests.storage.servers import KINDS, Server, require_server, serving
+from tests.storage.servers import KINDS, Server, object_store, require_server
 
 
 @pytest.fixture(scope="module")
 def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """moto, not yet reached: tests say how."""
     require_server("moto")
-    with serving("moto", tmp_path_factory.mktemp("moto")) as server:
+    with object_store("moto", tmp_path_factory.mktemp("moto")) as server:
         yield server
 
 
@@ -26,7 +26,7 @@ def server(
 ) -> Iterator[Server]:
     """Each server that can be started, not yet reached."""
     require_server(request.param)
-    with serving(request.param, tmp_path_factory.mktemp(request.param)) as server:
+    with object_store(request.param, tmp_path_factory.mktemp(request.param)) as server:
         yield server
 
 

@@ -137,7 +137,7 @@ def test_another_port_is_taken_where_the_first_was_lost(
         HTTPServer(("127.0.0.1", 0), _Healthy) as own,
     ):
         ports = [taken.server_port, own.server_port]
-        monkeypatch.setattr(module, "_free_port", lambda: ports.pop(0))
+        monkeypatch.setattr(module, "free_port", lambda: ports.pop(0))
         module.begin_embedded_server()
         monkeypatch.setattr(started[0], "poll", lambda: 3)  # as uvicorn ends
         threading.Thread(target=own.serve_forever, daemon=True).start()

@@ -37,7 +37,7 @@ from tests import command_line
 from tests.command_line import diffem, json_of
 from tests.conftest import TINY
 from tests.pipelines.test_run import TRUTH_NEEDED
-from tests.storage.servers import reached, require_server, serving
+from tests.storage.servers import object_store, reached, require_server
 
 COUNT = 60
 
@@ -1085,7 +1085,7 @@ def test_another_store_does_not_get_into_a_run(seen: str, tmp_path: Path) -> Non
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     require_server("moto")
     with (
-        serving("moto", tmp_path_factory.mktemp("moto")) as server,
+        object_store("moto", tmp_path_factory.mktemp("moto")) as server,
         reached(server),
     ):
         yield server.bucket

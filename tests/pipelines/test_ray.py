@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from pipelines.subprocesses import free_port, running
 from storage_schemas.config import RayRunner
 from storage_schemas.run_store import RunStore
 from storage_schemas.verify import verify
@@ -26,11 +27,9 @@ from tests.prefect_server import prefect_server
 from tests.ray_cluster import (
     QUIET,
     Cluster,
-    free_port,
     kill_node,
     on_cluster,
     ray_cluster,
-    started,
 )
 
 for needed in ("ray", "prefect_ray"):
@@ -97,7 +96,7 @@ def test_a_cluster_computes_the_bytes_of_one_machine_also_when_a_node_dies(
     command = run_command(tiny_config, str(url), *sets(SLOW), *on_cluster(cluster))
     with cluster.second() as second:
         cluster.wait_for(2)
-        with started(*command, log=tmp_path / "log", environment=environment) as pid:
+        with running(command, log=tmp_path / "log", environment=environment) as process:
             shards = url / "iterations/000/shards"
             deadline = time.monotonic() + TIMEOUT
             while len(list(shards.glob("*.json"))) < 4:
@@ -106,7 +105,7 @@ def test_a_cluster_computes_the_bytes_of_one_machine_also_when_a_node_dies(
             kill_node(second)
             done = {path: path.stat().st_mtime_ns for path in shards.glob("*.json")}
             assert len(done) < 20, "the kill came too late to test anything"
-            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            status = process.wait(TIMEOUT)
     if status != 0:  # Ray may have given up; then the same command goes on.
         print((tmp_path / "log").read_text())
         run(command, environment)
@@ -125,6 +124,7 @@ apply_defaults()
 from prefect import flow
 from pipelines.flows import stage_task
 from pipelines.runners.choice import open_runner, shard_resources, task_runner
+from pipelines.subprocesses import free_port, running
 from storage_schemas.config import RayRunner
 
 config = RayRunner(address=sys.argv[1], gpus_per_shard=0.0)

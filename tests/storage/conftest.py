@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from storage_schemas.run_store import RunStore
-from tests.storage.servers import KINDS, Server, reached, require_server, serving
+from tests.storage.servers import KINDS, Server, object_store, reached, require_server
 from tests.storage.tiny_run import resume_run
 
 
@@ -53,7 +53,7 @@ def server(
     """An object store on loopback, reached through the environment of this process."""
     require_server(request.param)
     folder = tmp_path_factory.mktemp(request.param)
-    with serving(request.param, folder) as server, reached(server):
+    with object_store(request.param, folder) as server, reached(server):
         yield server
 
 

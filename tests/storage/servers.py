@@ -11,7 +11,6 @@ import contextlib
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.subprocesses import free_port, running
 from storage_schemas import remote_objects
 from storage_schemas.remote_objects import SINGLE_WRITER
 
@@ -49,12 +49,6 @@ class Server:
         return f"{self.bucket}/{path}"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def s3_environment(endpoint: str, key: str = "test", secret: str = "test") -> dict[str, str]:
     return {
         "AWS_ENDPOINT_URL": endpoint,
@@ -66,7 +60,7 @@ def s3_environment(endpoint: str, key: str = "test", secret: str = "test") -> di
 
 
 @contextlib.contextmanager
-def serving(kind: str, folder: Path) -> Iterator[Server]:
+def object_store(kind: str, folder: Path) -> Iterator[Server]:
     """Start a server, with a bucket `runs`, and stop it by its process id on leaving."""
     port = free_port()
     endpoint = f"http://127.0.0.1:{port}"
@@ -74,25 +68,17 @@ def serving(kind: str, folder: Path) -> Iterator[Server]:
     # A server must not inherit the credentials of whatever this machine uses.
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "AZURE_"))}
     clean["AZURITE_ACCOUNTS"] = f"{AZURITE_ACCOUNT}:{azurite_key()}"
-    with (folder / f"{kind}.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=folder, env=clean, stdout=log, stderr=log)
-    try:
+    log = folder / f"{kind}.log"
+    with running(command, log=log, environment=clean, folder=folder) as process:
         deadline = time.monotonic() + 60
         while not _answers(port):
-            assert process.poll() is None, (folder / f"{kind}.log").read_text()
+            assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, f"{kind} did not answer within 60 s"
             time.sleep(0.05)
         scheme = "az" if kind == "azurite" else "s3"
         server = Server(kind, endpoint, environment, f"{scheme}://runs", process.pid)
         _make_bucket(server)
         yield server
-    finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(10)
 
 
 @contextlib.contextmanager
