@@ -63,32 +63,30 @@ def main() -> None:
     the end of a process, which the system does at once. All that is registered for the end of the
     process is still called before.
     """
-    leaving = _Leaving()
-    atexit.register(leaving.leave)  # Called last: whatever is imported from now on comes earlier.
+    status: int | None = None
+
+    def leave() -> None:
+        if status is not None:
+            _leave(status)
+
+    atexit.register(leave)  # Called last: whatever is imported from now on comes earlier.
     try:
         app()
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
-            leaving.status = end.code or 0
+            status = end.code or 0
         raise
 
 
-class _Leaving:
-    """The end of the process, once its exit status is known."""
-
-    status: int | None = None
-
-    def leave(self) -> None:
-        """Leave, unless the status is unknown or what was printed cannot be written."""
-        if self.status is None:
-            return
-        logging.shutdown()
-        try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        except (OSError, ValueError):
-            return
-        os._exit(self.status)
+def _leave(status: int) -> None:
+    """End the process at once; if what was printed cannot be written, Python has its say."""
+    logging.shutdown()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        return
+    os._exit(status)
 
 
 if __name__ == "__main__":

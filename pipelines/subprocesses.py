@@ -27,7 +27,6 @@ def running(
     log: Path,
     environment: Mapping[str, str],
     folder: Path | None = None,
-    patience: float = 20.0,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a program in a session of its own, and end all of it on leaving.
 
@@ -36,7 +35,6 @@ def running(
         log: Where what it prints is appended.
         environment: Its variables.
         folder: Where it runs.
-        patience: Seconds that it has to end by itself.
     """
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -50,7 +48,7 @@ def running(
     try:
         yield process
     finally:
-        end(process, patience)
+        end(process)
 
 
 def end(process: subprocess.Popen[bytes], patience: float = 20.0) -> None:

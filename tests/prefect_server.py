@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.bench import loopback_prefect
-from pipelines.subprocesses import end
 
-__all__ = ["end", "prefect_server"]
+__all__ = ["prefect_server"]
 
 
 @contextlib.contextmanager

@@ -15,11 +15,12 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 
+from pipelines.subprocesses import end
 from storage_schemas.run_store import RunStore
 from storage_schemas.verify import verify
 from tests.faults.cli import results_at, run_tiny
 from tests.faults.test_schedules import flow_process, until
-from tests.prefect_server import end, prefect_server
+from tests.prefect_server import prefect_server
 
 pytestmark = pytest.mark.slow
 

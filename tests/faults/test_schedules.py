@@ -21,10 +21,11 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
 
+from pipelines.subprocesses import end
 from storage_schemas.run_store import RunStore
 from storage_schemas.verify import verify
 from tests.faults.cli import results_at
-from tests.prefect_server import end, prefect_server
+from tests.prefect_server import prefect_server
 from tests.processes import in_session
 
 pytestmark = pytest.mark.slow

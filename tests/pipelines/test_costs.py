@@ -45,7 +45,7 @@ RATES = Rates(
     load=0.1,
     observe=0.001,
     fit_round=Affine(fixed=0.1, each=0.01),
-    fit_first=Affine(fixed=0.3, each=0.002),
+    fit_first=Affine(fixed=0.03, each=0.0002),
     start_draw=0.003,
     shard=0.05,
     training=0.2,
@@ -85,7 +85,7 @@ def test_costs_are_amounts_times_rates() -> None:
     expected = {
         "starting Prefect and PyTorch": STARTING,
         "observations": 0.1 + 240 * 0.001,
-        "start": 4 * (0.1 + 200 * 0.01) + 0.3 + 200 * 0.002 + evaluated * 0.003 + 3.0,
+        "start": 4 * (0.1 + 200 * 0.01) + 0.03 + 200 * 0.0002 + evaluated * 0.003 + 3.0,
         "E-steps": 2 * 4 * 0.05 + 200 * 0.003 + shards,
         "M-steps": 2 * (step + 0.2) + 0.5,  # a process warms up once
         "evaluations": 2 * (draw_evaluation + 0.7),
@@ -157,7 +157,7 @@ def test_advice_names_what_stands_out_and_nothing_else() -> None:
     assert advice(config, plan, forecast(config, plan, quiet)) == ()
     slow = RATES.model_copy(update={"judge": 50.0})
     (line,) = advice(config, plan, forecast(config, plan, slow))
-    assert line.startswith("evaluations take 78%")
+    assert line.startswith("evaluations take 79%")
     assert "evaluation.monitors (7 of them)" in line
     many = tiny(e_step={**TINY["e_step"], "sampler": {"kind": "ddpm", "steps": 256}}, iterations=9)
     lines = advice(many, make_plan(many), forecast(many, make_plan(many), RATES))

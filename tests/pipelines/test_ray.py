@@ -124,7 +124,6 @@ apply_defaults()
 from prefect import flow
 from pipelines.flows import stage_task
 from pipelines.runners.choice import open_runner, shard_resources, task_runner
-from pipelines.subprocesses import free_port, running
 from storage_schemas.config import RayRunner
 
 config = RayRunner(address=sys.argv[1], gpus_per_shard=0.0)
